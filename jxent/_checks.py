@@ -1,0 +1,213 @@
+"""Arguments, checked at trace time: what is wrong raises here, before any arithmetic, and says what to do.
+
+A wrong type or dtype is a TypeError; a wrong shape or value is a ValueError. Each message names the function, the
+argument, what was wanted, what came, and the remedy where there is one.
+"""
+
+import math
+import numbers
+import operator
+
+import jax.numpy as jnp
+
+REDUCTIONS = ("mean", "sum", "none")
+FLOATING = tuple(jnp.dtype(d) for d in (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64))
+
+
+def array(function, name, value):
+    if value is None:
+        raise TypeError(f"{function}: {name} must be an array, got None")
+    try:
+        return jnp.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{function}: {name} must be an array, got {_shown(value)}") from error
+
+
+def floating(function, name, value, remedy="convert it with .astype(jnp.float32)"):
+    value = array(function, name, value)
+    if value.dtype not in FLOATING:
+        wanted = ", ".join(d.name for d in FLOATING)
+        raise TypeError(f"{function}: {name} must be floating point ({wanted}), got {value.dtype}; {remedy}")
+    return value
+
+
+def optional_floating(function, name, value, remedy="convert it with .astype(jnp.float32)"):
+    return None if value is None else floating(function, name, value, remedy)
+
+
+def integer(function, name, value):
+    """A Python (or NumPy) integer; such options are static."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{function}: {name} must be a Python integer, got {_shown(value)}")
+    return operator.index(value)
+
+
+def _shown(value):
+    return f"{value!r:.80} ({type(value).__name__})"
+
+
+def class_axes(function, logits, axis):
+    """The class axes of the softmax functions, a sorted tuple counted from the front; None means all of them."""
+    if axis is None:
+        return tuple(range(logits.ndim))
+    axes = []
+    for a in axis if isinstance(axis, tuple | list) else (axis,):
+        a = integer(function, "axis", a)
+        if not -logits.ndim <= a < logits.ndim:
+            raise ValueError(
+                f"{function}: axis must be in [{-logits.ndim}, {logits.ndim}) for logits of shape {logits.shape}, got {a}"
+            )
+        axes.append(a % logits.ndim)
+    if len(set(axes)) < len(axes):
+        raise ValueError(f"{function}: axis must not name an axis twice, got {axis}")
+    return tuple(sorted(axes))
+
+
+def class_axis(function, name, value, axis):
+    """The class axis as an index from the front; there must be at least one class."""
+    axis = integer(function, "axis", axis)
+    if value.ndim == 0:
+        raise ValueError(f"{function}: {name} needs a class axis, got a scalar")
+    if not -value.ndim <= axis < value.ndim:
+        raise ValueError(
+            f"{function}: axis must be in [{-value.ndim}, {value.ndim}) for {name} of shape {value.shape}, got {axis}"
+        )
+    axis %= value.ndim
+    if value.shape[axis] == 0:
+        raise ValueError(f"{function}: {name} must have at least one class, got shape {value.shape} with axis={axis}")
+    return axis
+
+
+def class_labels(function, name, logits, labels, axis):
+    """Class indices (any integer dtype, at least 32 bits on return) or class probabilities, by dtype and shape."""
+    labels = array(function, "labels", labels)
+    shape = logits.shape[:axis] + logits.shape[axis + 1 :]
+    if jnp.issubdtype(labels.dtype, jnp.integer):
+        if labels.shape != shape:
+            raise ValueError(
+                f"{function}: integer labels must have the shape of {name} without its class axis, {shape} for {name} "
+                f"of shape {logits.shape} with axis={axis}, got {labels.shape}{_index_remedy(logits, labels, shape)}"
+            )
+        return labels.astype(jnp.promote_types(labels.dtype, jnp.int32)) if labels.dtype.itemsize < 4 else labels
+    if labels.dtype not in FLOATING:
+        raise TypeError(
+            f"{function}: labels must be integers (class indices) or floating point (class probabilities), got "
+            f"{labels.dtype}; convert it with .astype(jnp.int32) or .astype(jnp.float32)"
+        )
+    if labels.shape != logits.shape:
+        remedy = "; if they are class indices, convert them with .astype(jnp.int32)" if labels.shape == shape else ""
+        raise ValueError(
+            f"{function}: floating-point labels are class probabilities and must have the shape of {name}, "
+            f"{logits.shape}, got {labels.shape}{remedy}"
+        )
+    return labels
+
+
+def _index_remedy(logits, labels, shape):
+    if labels.shape == logits.shape:
+        return "; if they are one-hot, convert them with .astype(jnp.float32)"
+    if logits.ndim > 1 and labels.shape == logits.shape[:1] + logits.shape[2:]:
+        return "; for PyTorch's layout (N, C, d1, ..., dk) pass axis=1"
+    if logits.ndim > 1 and labels.shape == logits.shape[:-1]:
+        return "; for classes on the last axis pass axis=-1"
+    if math.prod(labels.shape) == math.prod(shape) and 1 in labels.shape:
+        return f"; drop the axes of size 1 with .reshape({shape})"
+    return ""
+
+
+def broadcastable(function, name, value, shape, what):
+    if value is None:
+        return None
+    try:
+        fits = jnp.broadcast_shapes(value.shape, shape) == tuple(shape)
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(f"{function}: {name} must broadcast to {what}, {tuple(shape)}, got shape {value.shape}")
+    return value
+
+
+def mask(function, value, shape, what):
+    """`where`: boolean, broadcastable to `shape`."""
+    if value is None:
+        return None
+    value = array(function, "where", value)
+    if value.dtype != jnp.bool_:
+        raise TypeError(
+            f"{function}: where must be boolean, got {value.dtype}; compare it (mask != 0), or pass weights as "
+            "sample_weight"
+            if "positions" in what
+            else f"{function}: where must be boolean, got {value.dtype}; compare it (mask != 0)"
+        )
+    return broadcastable(function, "where", value, shape, what)
+
+
+def weights(function, class_weight, sample_weight, where, logits, axis):
+    """The three label-shaped or class-shaped weights of a loss."""
+    shape = logits.shape[:axis] + logits.shape[axis + 1 :]
+    classes = logits.shape[axis]
+    class_weight = optional_floating(function, "class_weight", class_weight)
+    if class_weight is not None and class_weight.shape != (classes,):
+        raise ValueError(
+            f"{function}: class_weight must have one weight per class, shape {(classes,)}, got {class_weight.shape}"
+        )
+    sample_weight = optional_floating(
+        function, "sample_weight", sample_weight, "pass a mask as where=, or convert it with .astype(jnp.float32)"
+    )
+    what = "the positions (the shape of the labels)"
+    broadcastable(function, "sample_weight", sample_weight, shape, what)
+    return class_weight, sample_weight, mask(function, where, shape, what)
+
+
+def ignored_class(function, ignore_index, labels):
+    ignore_index = integer(function, "ignore_index", ignore_index)
+    if ignore_index != -100 and jnp.issubdtype(labels.dtype, jnp.floating):
+        raise ValueError(
+            f"{function}: ignore_index={ignore_index} applies to integer labels, but labels are class probabilities "
+            f"({labels.dtype}); leave positions out with where="
+        )
+    return ignore_index
+
+
+def reduction(function, value):
+    if not isinstance(value, str):
+        raise TypeError(f"{function}: reduction must be a string, one of {REDUCTIONS}, got {value!r}")
+    if value not in REDUCTIONS:
+        raise ValueError(f"{function}: reduction must be one of {REDUCTIONS}, got {value!r}")
+    return value
+
+
+def flag(function, name, value):
+    if not isinstance(value, bool):
+        raise TypeError(f"{function}: {name} must be True or False, got {value!r}")
+    return value
+
+
+def scalar(function, name, value, low, high):
+    """A Python number in [low, high] (static), or a floating-point scalar array (traced, its value unchecked)."""
+    if isinstance(value, bool):
+        raise TypeError(f"{function}: {name} must be a number, got {value!r}")
+    if isinstance(value, numbers.Real):
+        if not low <= value <= high or math.isinf(value):
+            wanted = f"in [{low}, {high}]" if high < math.inf else f"finite and at least {low}"
+            raise ValueError(f"{function}: {name} must be {wanted}, got {value}")
+        return float(value)
+    value = array(function, name, value)
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        raise TypeError(f"{function}: {name} must be a number or a floating-point scalar, got dtype {value.dtype}")
+    if value.shape != ():
+        raise ValueError(f"{function}: {name} must be a number or a scalar, got shape {value.shape}")
+    return value
+
+
+def softcap(function, value):
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(
+            f"{function}: logit_softcap must be None or a Python number, got {_shown(value)}; "
+            "it is static: mark it with static_argnames where you jit"
+        )
+    if not 0 < value < math.inf:
+        raise ValueError(f"{function}: logit_softcap must be positive and finite, got {value}; None switches it off")
+    return float(value)

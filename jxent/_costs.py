@@ -1,0 +1,182 @@
+"""What each position costs, and the exact gradient of that: the rule under `cross_entropy`.
+
+With log p = (x - m) - log_z (`_rows`), a position has up to three costs, and its loss is a sum of them whose coefficients
+(weights, smoothing, the z-loss, the mean's denominator) are plain JAX outside the rule:
+
+    label     -log p[t], or sum of q[j] w[j] * -log p[j] for class probabilities q and class weights w
+    uniform   the mean over the classes of w[j] * -log p[j], for label smoothing
+    log_normalizer   m + log_z, for the z-loss
+
+Every term of these sums is >= 0, so each is as exact as log p. Memory: nothing of the size of the logits in the forward
+pass, the gradients alone in the backward pass. Arithmetic in at least float32.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jxent._labels import along, by_index, clipped, out_of_range, times
+from jxent._reduce import only
+from jxent._rows import (
+    again,
+    below_max,
+    class_sum,
+    compute_dtype,
+    normalizer,
+    pick,
+    product,
+    read,
+    unmasked,
+)
+
+
+class Form(NamedTuple):
+    """The static part of a call: which costs are wanted, of what."""
+
+    axis: int
+    logit_softcap: float | None
+    uniform: bool
+    log_normalizer: bool
+    stats: bool
+
+
+class Costs(NamedTuple):
+    """Row arrays (the logits' shape with one class); None where not wanted. The last three carry no gradient."""
+
+    label: Array
+    uniform: Array | None
+    log_normalizer: Array | None
+    log_prob: Array | None = None
+    entropy: Array | None = None
+    prediction: Array | None = None
+
+
+class Residuals(NamedTuple):
+    logits: Array
+    labels: Array
+    class_weight: Array | None
+    keep: Array | None
+    top: Array  # this and the rest: row arrays
+    m: Array
+    log_z: Array
+    label_cost: Array
+    count: Array | None  # of the classes that are not masked
+    mean_weight: Array | None  # of the same
+
+
+
+def _dtype(logits, labels):
+    return compute_dtype(logits.dtype, *([] if by_index(labels) else [labels.dtype]))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def costs(form, logits, labels, class_weight, keep):
+    """The costs of each position.
+
+    `labels` are class indices without the class axis or class probabilities of the logits' shape; `class_weight`
+    (classes,) or None enters the sums over classes and not the cost of an index label; `keep` is a row array, False where
+    a position does not count, or None. What the logits hold at such a position does not reach a gradient.
+    """
+    return _costs_fwd(form, logits, labels, class_weight, keep)[0]
+
+
+def _costs_fwd(form, logits, labels, class_weight, keep):
+    axis, cap, dtype = (form.axis,), form.logit_softcap, _dtype(logits, labels)
+    weight = along(class_weight, logits.ndim, form.axis, dtype)
+    classes = logits.shape[form.axis]
+
+    index = clipped(labels, classes, form.axis) if by_index(labels) else None
+    top, m, log_z, log_normalizer = normalizer(logits, None if form.stats else index, axis, cap, dtype)
+    if by_index(labels):
+        log_z = jnp.where(out_of_range(jnp.expand_dims(labels, form.axis), classes), jnp.nan, log_z)
+        label_cost = log_z - (read(pick(logits, index, form.axis), cap, jnp.ones((), dtype)) - m)
+    else:
+        (x, q), w, m_, log_z_, unit = again(log_z, (logits, labels), weight, m, log_z)
+        label_cost = class_sum(product(times(q.astype(dtype), w), log_z_ - (read(x, cap, unit) - m_), unit), axis)
+    last = label_cost
+
+    count = mean_weight = uniform = None
+    if form.uniform:
+        x, m_, unit = again(last, logits, m)
+        count = class_sum(unmasked(read(x, cap, unit) - m_, unit), axis)
+        x, w, m_, log_z_, unit = again(count, logits, weight, m, log_z)
+        z = read(x, cap, unit) - m_
+        uniform = last = class_sum(product(times(unmasked(z, unit), w), log_z_ - z, unit), axis) / count
+        if weight is not None:
+            x, w, m_, unit = again(last, logits, weight, m)
+            mean_weight = last = class_sum(unmasked(read(x, cap, unit) - m_, unit) * w, axis) / count
+
+    out = Costs(label_cost, uniform, log_normalizer if form.log_normalizer or form.stats else None)
+    if form.stats:
+        x, m_, log_z_, unit = again(last, logits, m, log_z)
+        log_p = (read(x, cap, unit) - m_) - log_z_
+        entropy = class_sum(product(jnp.exp(log_p), -log_p, unit), axis)
+        log_prob = -label_cost
+        if not by_index(labels) and weight is not None:
+            (x, q), m_, log_z_, unit = again(entropy, (logits, labels), m, log_z)
+            log_prob = -class_sum(product(q.astype(dtype), log_z_ - (read(x, cap, unit) - m_), unit), axis)
+        prediction = jnp.expand_dims(lax.argmax(logits, form.axis, jnp.int32), form.axis)
+        out = out._replace(log_prob=log_prob, entropy=entropy, prediction=prediction)
+    return out, Residuals(logits, labels, class_weight, keep, top, m, log_z, label_cost, count, mean_weight)
+
+
+# With p = exp(log p), V the mean of the class weights and n the number of classes,
+#
+#     d label / dx[j]          = p[j] - [j = t],                   and expm1(-label) at j = t
+#                              = p[j] Q - q[j] w[j],               Q = sum of q w
+#     d uniform / dx[j]        = p[j] V - w[j] / n
+#     d log_normalizer / dx[j] = p[j]
+#
+# In the second line one class may have p near 1, and p Q - q w cancels there. It is computed as
+# Q expm1(log p[j]) + (sum of q w over the other classes), which does not: a one-hot q gives the first line's gradient.
+def _costs_bwd(form, residuals, cotangents):
+    logits, labels, class_weight, keep, top, m, log_z, label_cost, count, mean_weight = residuals
+    axis, cap, dtype = (form.axis,), form.logit_softcap, m.dtype
+    weight = along(class_weight, logits.ndim, form.axis, dtype)
+    to_label, to_uniform, to_log_normalizer = cotangents[:3]
+
+    last, total, others = to_label, None, None
+    if not by_index(labels):
+        q, w, _ = again(last, labels, weight)
+        last = total = class_sum(times(q.astype(dtype), w), axis)
+        (x, q), w, top_, unit = again(last, (logits, labels), weight, top)
+        last = others = class_sum(times(q.astype(dtype), w) * below_max(x, top_, unit), axis)
+    (x, labels), w, m, log_z, total, others, unit = again(last, (logits, labels), weight, m, log_z, total, others)
+    x, pull = jax.vjp(lambda x: read(x, cap, unit), x)
+    log_p = x - m - log_z
+    p = jnp.exp(log_p)
+    if by_index(labels):
+        at_label = lax.broadcasted_iota(labels.dtype, x.shape, form.axis) == jnp.expand_dims(labels, form.axis)
+        grad = to_label * jnp.where(at_label, jnp.expm1(-label_cost), p)
+    else:
+        q = labels.astype(dtype)
+        confident = log_p > jnp.log(2 / 3)
+        grad = to_label * jnp.where(confident, total * jnp.expm1(log_p) + others, total * p - times(q, w))
+    if form.uniform:
+        share = jnp.where(x == -jnp.inf, 0, (1 if w is None else w) / count)
+        grad += to_uniform * (p * (1 if w is None else mean_weight) - share)
+    if form.log_normalizer:
+        grad += to_log_normalizer * p
+    (grad,) = pull(only(keep, grad))
+
+    grad_labels = None
+    if not by_index(labels):
+        # A masked class that no label names is no class at all.
+        cost = jnp.where((x == -jnp.inf) & (q == 0), 0, -log_p)
+        grad_labels = only(keep, to_label * times(cost, w)).astype(labels.dtype)
+    grad_weight = None
+    if class_weight is not None:
+        per_class = 0
+        if not by_index(labels):
+            per_class += to_label * q * cost
+        if form.uniform:
+            per_class += to_uniform * jnp.where(x == -jnp.inf, 0, -log_p) / count
+        positions = tuple(a for a in range(logits.ndim) if a != form.axis)
+        grad_weight = jnp.sum(only(keep, per_class), positions).astype(class_weight.dtype)
+    return grad, grad_labels, grad_weight, None
+
+
+costs.defvjp(_costs_fwd, _costs_bwd)

@@ -1,0 +1,175 @@
+"""`cross_entropy`: arguments, the jit-compiled loss, and its statistics."""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jxent import _checks
+from jxent._costs import Form, costs
+from jxent._labels import by_index, report, times
+from jxent._reduce import counted, only, reduce, weight_of
+
+
+class Stats(NamedTuple):
+    """What `return_stats=True` adds to a loss, taken in the same pass. No gradient flows through it.
+
+    All but `weight` have the shape of the labels. At positions that do not count `log_prob`, `log_normalizer` and
+    `entropy` are 0 and `prediction` is negative and no label, so that
+    `jnp.sum(stats.prediction == labels) / stats.weight` is the accuracy of an unweighted loss.
+    """
+
+    log_prob: Float[Array, "*positions"]
+    """Log-probability of the label in nats; for class probabilities q, the sum of q[j] log p[j]."""
+    log_normalizer: Float[Array, "*positions"]
+    """log sum exp of the logits."""
+    entropy: Float[Array, "*positions"]
+    """Entropy of the softmax, in nats."""
+    prediction: Int[Array, "*positions"]
+    """Class with the largest logit (int32)."""
+    weight: Float[Array, ""]
+    """Denominator of the mean."""
+
+
+def cross_entropy(
+    logits: Float[Array, "*shape"],
+    labels: Int[Array, "*positions"] | Float[Array, "*shape"],
+    *,
+    axis: int = -1,
+    class_weight: Float[Array, " classes"] | None = None,
+    sample_weight: Float[Array, "*#positions"] | None = None,
+    where: Bool[Array, "*#positions"] | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float | Float[Array, ""] = 0.0,
+    z_loss_weight: float | Float[Array, ""] = 0.0,
+    logit_softcap: float | None = None,
+    reduction: str = "mean",
+    return_stats: bool = False,
+) -> Float[Array, "..."] | tuple[Float[Array, "..."], Stats]:
+    r"""Cross-entropy between logits and labels, in nats.
+
+    For class indices :math:`t` the loss of a position is :math:`-w_t \log p_t`, for class probabilities :math:`q` it
+    is :math:`-\sum_j w_j q_j \log p_j`, with :math:`p` the softmax of the logits. Loss and gradients keep full relative
+    precision at any margin and offset. PyTorch's ``cross_entropy`` means the same, with ``axis=1``.
+
+    Args:
+      logits: unnormalized log-probabilities, float16, bfloat16, float32 or float64. A class whose logit is -inf is
+        masked: its probability and its gradient are 0, and smoothing passes it by.
+      labels: class indices, integers of the shape of `logits` without its class axis; or class probabilities, floating
+        point of the shape of `logits`. The dtype decides. An index out of range makes its position's loss and gradient
+        NaN, and is reported by name under `jax.experimental.checkify`.
+      axis: the class axis.
+      class_weight: one weight per class, shape (classes,).
+      sample_weight: multiplies each position's loss and its share of the mean's denominator; broadcasts to the shape of
+        the positions, which is that of `logits` without its class axis.
+      where: boolean, broadcasts to the shape of the positions; False leaves a position out, whatever it holds.
+      ignore_index: a position with this index label is left out.
+      label_smoothing: in [0, 1]; the share of each label that is spread evenly over the classes. A Python number is
+        static; a floating-point scalar array is traced, and its value is not checked.
+      z_loss_weight: adds ``z_loss_weight * logsumexp(logits)**2`` to the loss of each position that counts;
+        `sample_weight` scales it, `class_weight` does not. Python number or scalar array, as above.
+      logit_softcap: a Python number c > 0; the logits become ``c * tanh(logits / c)`` first.
+      reduction: ``"mean"`` divides the sum by the weights of the labels that count (class weight times sample weight;
+        for class probabilities the sample weight alone), ``"sum"`` does not, ``"none"`` gives each position's loss.
+        Where nothing counts the mean is nan and the sum 0, with gradients of 0.
+      return_stats: also return `Stats`.
+
+    Returns:
+      The loss in float32, or in float64 if an input is: a scalar, or for ``reduction="none"`` the positions' shape. With
+      `return_stats`, the pair (loss, `Stats`).
+
+    Raises:
+      TypeError: an argument of the wrong type or dtype.
+      ValueError: an argument of the wrong shape or value.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jxent
+      >>> logits = jnp.array([[2.0, 0.5, -1.0], [0.1, 0.2, 3.0]])
+      >>> labels = jnp.array([0, 2])
+      >>> print(f"{jxent.cross_entropy(logits, labels):.4f}")
+      0.1776
+      >>> loss, stats = jxent.cross_entropy(logits, labels, label_smoothing=0.1, return_stats=True)
+      >>> print(f"{loss:.4f}", stats.prediction)
+      0.3376 [0 2]
+
+    References:
+      Softmax collapse: Prieto et al., Grokking at the Edge of Numerical Stability, https://arxiv.org/abs/2501.04697.
+      Label smoothing: Szegedy et al., https://arxiv.org/abs/1512.00567. z-loss: Chowdhery et al., PaLM,
+      https://arxiv.org/abs/2204.02311. Soft cap: Gemma 2, https://arxiv.org/abs/2408.00118.
+      Reductions: https://docs.pytorch.org/docs/stable/generated/torch.nn.CrossEntropyLoss.html
+    """
+    name = "cross_entropy"
+    logits = _checks.floating(name, "logits", logits)
+    axis = _checks.class_axis(name, "logits", logits, axis)
+    labels = _checks.class_labels(name, "logits", logits, labels, axis)
+    class_weight, sample_weight, where = _checks.weights(name, class_weight, sample_weight, where, logits, axis)
+    ignore_index = _checks.ignored_class(name, ignore_index, labels)
+    options = Options(
+        axis=axis,
+        ignore_index=ignore_index,
+        label_smoothing=_checks.scalar(name, "label_smoothing", label_smoothing, 0, 1),
+        z_loss_weight=_checks.scalar(name, "z_loss_weight", z_loss_weight, 0, float("inf")),
+        logit_softcap=_checks.softcap(name, logit_softcap),
+        reduction=_checks.reduction(name, reduction),
+        return_stats=_checks.flag(name, "return_stats", return_stats),
+    )
+    traced = {k: getattr(options, k) for k in ("label_smoothing", "z_loss_weight")}
+    traced = {k: v for k, v in traced.items() if not isinstance(v, float)}
+    options = options._replace(**dict.fromkeys(traced))
+    return _cross_entropy(options, logits, labels, class_weight, sample_weight, where, traced)
+
+
+class Options(NamedTuple):
+    """The static options of a call; None for a scalar that is traced instead."""
+
+    axis: int
+    ignore_index: int
+    label_smoothing: float | None
+    z_loss_weight: float | None
+    logit_softcap: float | None
+    reduction: str
+    return_stats: bool
+
+
+@partial(jax.jit, static_argnums=0)
+def _cross_entropy(options, logits, labels, class_weight, sample_weight, where, traced):
+    smoothing = traced.get("label_smoothing", options.label_smoothing)
+    z_loss_weight = traced.get("z_loss_weight", options.z_loss_weight)
+    axis, classes = options.axis, logits.shape[options.axis]
+    shape = logits.shape[:axis] + logits.shape[axis + 1 :]
+
+    keep = counted(labels, where, options.ignore_index, shape)
+    if by_index(labels):
+        labels = only(keep, labels)  # 0 where ignored: in range
+        report("cross_entropy", labels, classes)
+    form = Form(
+        axis=axis,
+        logit_softcap=options.logit_softcap,
+        uniform=options.label_smoothing != 0,
+        log_normalizer=options.z_loss_weight != 0,
+        stats=options.return_stats,
+    )
+    in_sums = class_weight if form.uniform or not by_index(labels) else None
+    rows = costs(form, logits, labels, in_sums, None if keep is None else jnp.expand_dims(keep, axis))
+    rows = jax.tree.map(lambda row: jnp.squeeze(row, axis), rows)
+
+    label_weight = weight_of(labels, class_weight)
+    losses = times(rows.label, label_weight)
+    if form.uniform:
+        losses = (1 - smoothing) * losses + smoothing * rows.uniform
+    if form.log_normalizer:
+        losses += z_loss_weight * rows.log_normalizer**2
+    loss, weight = reduce(losses, keep, label_weight, sample_weight, options.reduction)
+    if not options.return_stats:
+        return loss
+    no_label = -2 if options.ignore_index == -1 else -1
+    stats = Stats(
+        log_prob=only(keep, rows.log_prob),
+        log_normalizer=only(keep, rows.log_normalizer),
+        entropy=only(keep, rows.entropy),
+        prediction=only(keep, rows.prediction, no_label),
+        weight=weight,
+    )
+    return loss, jax.lax.stop_gradient(stats)

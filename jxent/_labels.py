@@ -1,0 +1,84 @@
+"""Labels as the rules take them: indices in range along the class axis, class weights, labels of the next token."""
+
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import checkify
+from jaxtyping import Int
+
+from jxent import _checks
+
+
+def next_token_labels(tokens: Int[Array, "*batch length"], *, ignore_index: int = -100) -> Int[Array, "*batch length"]:
+    """Labels of a language model: each token's label is the next token, and the last one is ignored.
+
+    The labels keep the tokens' length, so that hidden states or logits need no slicing, which would break their sharding.
+
+    Args:
+      tokens: integers, the sequence on the last axis.
+      ignore_index: label of the last position; give the same to the loss.
+
+    Returns:
+      ``labels[..., i] = tokens[..., i + 1]``, and `ignore_index` at the end, in the tokens' dtype.
+
+    Raises:
+      TypeError: tokens that are not integers.
+      ValueError: tokens without an axis, or of a dtype that cannot hold `ignore_index`.
+
+    Example:
+      >>> import jax.numpy as jnp, jxent
+      >>> print(jxent.next_token_labels(jnp.array([[5, 6, 7]])))
+      [[   6    7 -100]]
+    """
+    name = "next_token_labels"
+    tokens = _checks.array(name, "tokens", tokens)
+    if not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise TypeError(f"{name}: tokens must be integers, got {tokens.dtype}")
+    if tokens.ndim == 0:
+        raise ValueError(f"{name}: tokens need a sequence axis, got a scalar")
+    ignore_index = _checks.integer(name, "ignore_index", ignore_index)
+    info = jnp.iinfo(tokens.dtype)
+    if not info.min <= ignore_index <= info.max:
+        raise ValueError(
+            f"{name}: ignore_index={ignore_index} does not fit into tokens of dtype {tokens.dtype}; convert them with "
+            ".astype(jnp.int32)"
+        )
+    # Shift by a roll and a mask: a slice and a concatenation would not partition over a sharded sequence axis.
+    last = jnp.arange(tokens.shape[-1]) == tokens.shape[-1] - 1
+    return jnp.where(last, jnp.asarray(ignore_index, tokens.dtype), jnp.roll(tokens, -1, axis=-1))
+
+
+def by_index(labels):
+    """Whether the labels are class indices; otherwise they are class probabilities."""
+    return jnp.issubdtype(labels.dtype, jnp.integer)
+
+
+def out_of_range(labels, classes):
+    return (labels < 0) | (labels >= classes)
+
+
+def clipped(labels, classes, axis):
+    """The labels as a row array of indices that are in range."""
+    return jnp.expand_dims(jnp.clip(labels, 0, classes - 1), axis).astype(jnp.int32)
+
+
+def along(class_weight, ndim, axis, dtype):
+    """The class weights along the class axis, for broadcasting; None for None."""
+    if class_weight is None:
+        return None
+    return class_weight.astype(dtype).reshape([-1 if a == axis else 1 for a in range(ndim)])
+
+
+def times(values, weight):
+    return values if weight is None else values * weight
+
+
+def report(function, labels, classes):
+    """Under `jax.experimental.checkify`, an error that names a label out of range; otherwise nothing."""
+    bad = out_of_range(labels, classes)
+    least = jnp.iinfo(labels.dtype).min
+    checkify.debug_check(
+        ~jnp.any(bad),
+        f"{function}: label {{label}} is out of range for {classes} classes; labels must be in [0, {classes}) or equal "
+        "ignore_index",
+        label=jnp.max(jnp.where(bad, labels, least), initial=least),
+    )

@@ -1,0 +1,120 @@
+"""`nll_loss`: the loss of log-probabilities."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from jxent import _checks
+from jxent._labels import along, by_index, clipped, out_of_range, report, times
+from jxent._reduce import counted, only, reduce, weight_of
+from jxent._rows import again, class_sum, compute_dtype, pick, product
+
+
+def nll_loss(
+    log_probs: Float[Array, "*shape"],
+    labels: Int[Array, "*positions"] | Float[Array, "*shape"],
+    *,
+    axis: int = -1,
+    class_weight: Float[Array, " classes"] | None = None,
+    sample_weight: Float[Array, "*#positions"] | None = None,
+    where: Bool[Array, "*#positions"] | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Float[Array, "..."]:
+    """Negative log-likelihood of the labels, in nats: ``nll_loss(log_softmax(x), t)`` is ``cross_entropy(x, t)``.
+
+    Args:
+      log_probs: log-probabilities, as from `log_softmax`: float16, bfloat16, float32 or float64.
+      labels: class indices, integers of the shape of `log_probs` without its class axis; or class probabilities,
+        floating point of the shape of `log_probs`.
+      axis: the class axis.
+      class_weight: one weight per class, shape (classes,).
+      sample_weight: multiplies each position's loss and its share of the mean's denominator; broadcasts to the positions.
+      where: boolean, broadcasts to the positions; False leaves a position out, whatever it holds.
+      ignore_index: a position with this index label is left out.
+      reduction: ``"mean"``, ``"sum"`` or ``"none"``, as in `cross_entropy`.
+
+    Returns:
+      The loss in float32, or in float64 if an input is: a scalar, or for ``reduction="none"`` the positions' shape.
+
+    Raises:
+      TypeError: an argument of the wrong type or dtype.
+      ValueError: an argument of the wrong shape or value.
+
+    Example:
+      >>> import jax.numpy as jnp, jxent
+      >>> log_probs = jnp.log(jnp.array([[0.7, 0.2, 0.1], [0.1, 0.1, 0.8]]))
+      >>> print(f"{jxent.nll_loss(log_probs, jnp.array([0, 2])):.4f}")
+      0.2899
+
+    Reference: https://docs.pytorch.org/docs/stable/generated/torch.nn.NLLLoss.html
+    """
+    name = "nll_loss"
+    log_probs = _checks.floating(name, "log_probs", log_probs)
+    axis = _checks.class_axis(name, "log_probs", log_probs, axis)
+    labels = _checks.class_labels(name, "log_probs", log_probs, labels, axis)
+    class_weight, sample_weight, where = _checks.weights(name, class_weight, sample_weight, where, log_probs, axis)
+    ignore_index = _checks.ignored_class(name, ignore_index, labels)
+    reduction = _checks.reduction(name, reduction)
+    return _nll_loss(axis, ignore_index, reduction, log_probs, labels, class_weight, sample_weight, where)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _nll_loss(axis, ignore_index, reduction, log_probs, labels, class_weight, sample_weight, where):
+    shape = log_probs.shape[:axis] + log_probs.shape[axis + 1 :]
+    keep = counted(labels, where, ignore_index, shape)
+    if by_index(labels):
+        labels = only(keep, labels)  # 0 where ignored: in range
+        report("nll_loss", labels, log_probs.shape[axis])
+    in_sums = None if by_index(labels) else class_weight
+    costs = _costs(axis, log_probs, labels, in_sums, None if keep is None else jnp.expand_dims(keep, axis))
+    label_weight = weight_of(labels, class_weight)
+    losses = times(jnp.squeeze(costs, axis), label_weight)
+    return reduce(losses, keep, label_weight, sample_weight, reduction)[0]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _costs(axis, log_probs, labels, class_weight, keep):
+    """-log p of the label, or the sum of q w * -log p, a row array."""
+    if by_index(labels):
+        classes = log_probs.shape[axis]
+        cost = -pick(log_probs, clipped(labels, classes, axis), axis).astype(compute_dtype(log_probs.dtype))
+        return jnp.where(out_of_range(jnp.expand_dims(labels, axis), classes), jnp.nan, cost)
+    dtype = compute_dtype(log_probs.dtype, labels.dtype)
+    unit = jnp.ones((), dtype)
+    weight = times(labels.astype(dtype), along(class_weight, labels.ndim, axis, dtype))
+    return class_sum(product(weight, -log_probs.astype(dtype), unit), axis)
+
+
+def _costs_fwd(axis, *arguments):
+    return _costs(axis, *arguments), arguments
+
+
+# d / d log_probs[j] is -1 at the label and 0 elsewhere, or -q[j] w[j]. A custom rule, because the transpose of a gather is
+# a scatter into zeros, which neither fuses nor partitions, and because 0 * inf counts as 0.
+def _costs_bwd(axis, residuals, cotangent):
+    log_probs, labels, class_weight, keep = residuals
+    dtype = cotangent.dtype
+    (log_probs, labels), class_weight, _ = again(cotangent, (log_probs, labels), class_weight)
+    grad_labels = grad_weight = None
+    if by_index(labels):
+        labels = jnp.expand_dims(labels, axis)
+        at_label = lax.broadcasted_iota(labels.dtype, log_probs.shape, axis) == labels
+        grad = jnp.where(at_label, -cotangent, 0)
+        grad = jnp.where(out_of_range(labels, log_probs.shape[axis]), jnp.nan, grad)
+    else:
+        w = along(class_weight, labels.ndim, axis, dtype)
+        q, log_p = labels.astype(dtype), log_probs.astype(dtype)
+        grad = -cotangent * times(q, w)
+        cost = jnp.where((log_p == -jnp.inf) & (q == 0), 0, -log_p)
+        grad_labels = only(keep, cotangent * times(cost, w)).astype(labels.dtype)
+        if class_weight is not None:
+            positions = tuple(a for a in range(labels.ndim) if a != axis)
+            grad_weight = jnp.sum(only(keep, cotangent * q * cost), positions).astype(class_weight.dtype)
+    return only(keep, grad).astype(log_probs.dtype), grad_labels, grad_weight, None
+
+
+_costs.defvjp(_costs_fwd, _costs_bwd)

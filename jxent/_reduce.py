@@ -1,0 +1,62 @@
+"""From the positions' costs to the loss: which positions count, what they weigh, and what the mean divides by.
+
+Plain JAX, so that weights, masks and denominators have their true gradients without a rule of their own.
+"""
+
+import jax.numpy as jnp
+
+from jxent._labels import by_index
+
+
+def counted(labels, where, ignore_index, shape):
+    """The positions that count, a boolean array of `shape`, or None where all do."""
+    keep = None
+    if by_index(labels) and _holds(labels.dtype, ignore_index):
+        keep = labels != ignore_index
+    if where is None:
+        return keep
+    where = jnp.broadcast_to(where, shape)
+    return where if keep is None else keep & where
+
+
+def _holds(dtype, value):
+    info = jnp.iinfo(dtype)
+    return info.min <= value <= info.max
+
+
+def weight_of(labels, class_weight):
+    """The class weight of each index label; None without class weights, or for class probabilities."""
+    if class_weight is None or not by_index(labels):
+        return None
+    return class_weight.at[labels].get(mode="clip")
+
+
+def only(keep, values, other=0):
+    """`values` at the positions that count, `other` elsewhere, whatever the values are there."""
+    return values if keep is None else jnp.where(keep, values, other)
+
+
+def reduce(losses, keep, label_weight, sample_weight, reduction):
+    """(loss, weight): the positions' losses reduced, and the denominator of the mean.
+
+    `losses` are weighted by class already; `label_weight` is the weight of each position's class, or None. The mean of
+    nothing is nan, with a gradient of 0.
+    """
+    weight = label_weight
+    if sample_weight is not None:
+        sample_weight = jnp.broadcast_to(sample_weight, losses.shape)
+        losses = losses * sample_weight
+        weight = sample_weight if weight is None else weight * sample_weight
+    losses = only(keep, losses)
+    if weight is not None:
+        weight = jnp.sum(only(keep, weight))
+    else:
+        # An integer sum: one of float32 ones may stop at 2**24.
+        ones = jnp.ones(losses.shape, jnp.int32) if keep is None else keep.astype(jnp.int32)
+        weight = jnp.sum(ones).astype(losses.dtype)
+    if reduction == "none":
+        return losses, weight
+    loss = jnp.sum(losses)
+    if reduction == "mean":
+        loss = jnp.where(weight == 0, jnp.nan, loss / jnp.where(weight == 0, 1, weight))
+    return loss, weight

@@ -1,0 +1,167 @@
+"""What one row of logits comes down to: its maximum and the logarithm of its normalizer, exactly.
+
+With the row maximum m = max x and r = sum of exp(x[j] - m) over every class but the one at the maximum,
+
+    log_z = log1p(r)                       # log sum exp(x - m)
+    log p[j] = (x[j] - m) - log_z          # both terms <= 0: nothing cancels
+    p[j] - 1 = expm1(log p[j])
+
+`m` and `log_z` stay apart, because their sum would round at |m| >> 1. Where the label is known its class may be left out
+instead of the maximum's, with d = x[label] - m:  log_z = log1p(sum over j != label of exp(x[j] - m) + expm1(d)).
+
+Everything is computed in float32 (float64 for float64 logits), and no array of the size of the logits is written. The
+second half is a matter of spelling. XLA:CPU fuses a reduction with the arithmetic that feeds it, but
+
+- not with comparisons and selections: hence masks made of `minimum` and `maximum`;
+- not with a value of the logits' size that another pass uses too, be it the upcast logits, a broadcast row or a
+  broadcast constant: hence `again`, which gives each pass values of its own.
+
+A "row" array has the logits' shape with size 1 along the class axes.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+
+def compute_dtype(*dtypes):
+    """At least float32, and float64 if any of `dtypes` is."""
+    return jnp.promote_types(jnp.result_type(*dtypes), jnp.float32)
+
+
+def again(previous, logits, *rows):
+    """(`logits`, *`rows`, unit) for one more pass over the logits, which starts once `previous` is known.
+
+    `logits` is an array or several. `unit` is 1 in the dtype of `previous`, which is the one to compute in; the pass takes
+    its constants as multiples of it, to have them for itself.
+    """
+    unit = jnp.ones((), previous.dtype)
+    logits, rows, unit, _ = lax.optimization_barrier((logits, rows, unit, previous))
+    return logits, *rows, unit
+
+
+def class_sum(values, axis):
+    """The sum over the class axes, a row array."""
+    row = jnp.sum(values, axis, keepdims=True)
+    # Itself, but a selection: without one XLA:CPU fuses the sum forwards too, into what the next pass makes of it for
+    # each logit, and writes that.
+    return jnp.where(row == jnp.inf, jnp.inf, row)
+
+
+# --- what a pass computes for each logit ------------------------------------------------------------------------------
+
+
+@jax.custom_jvp
+def _softcap(x, cap, unit):
+    # The second term is 0, or -inf where x is: a masked class stays masked.
+    return cap * jnp.tanh(x / cap) + jnp.minimum(x + _most(unit), 0 * unit)
+
+
+@_softcap.defjvp
+def _softcap_jvp(primals, tangents):
+    x, cap, unit = primals  # the last two are constants
+    # 1 - tanh(u)**2 cancels where the cap saturates; 1 / cosh(u)**2 does not.
+    e = jnp.exp(-2 * jnp.abs(x / cap))
+    return _softcap(x, cap, unit), 4 * e / (1 + e) ** 2 * tangents[0]
+
+
+def _most(unit):
+    """The largest finite number."""
+    return float(jnp.finfo(unit.dtype).max) * unit
+
+
+def read(logits, cap, unit):
+    """The logits in the dtype of `unit`, capped to `cap * tanh(logits / cap)` unless `cap` is None."""
+    x = logits.astype(unit.dtype)
+    return x if cap is None else _softcap(x, cap * unit, unit)
+
+
+def unmasked(z, unit):
+    """1 where z > -inf and 0 where z = -inf."""
+    return jnp.minimum(jnp.maximum(z, -_most(unit)) + _most(unit), unit)
+
+
+def below_max(logits, top, unit):
+    """0 at the largest logit of a row and 1 below it; `top` is a row array."""
+    distance = top.astype(unit.dtype) - logits.astype(unit.dtype)
+    return lax.stop_gradient(jnp.minimum(distance * (_most(unit) / 4), unit))
+
+
+def product(weight, cost, unit):
+    """weight * cost for a cost in [0, inf], with 0 * inf = 0."""
+    most = _most(unit)
+    finite = jnp.minimum(cost, most)
+    # 0 for every cost in use; four times it overflows where the cost is infinite and the weight is not 0.
+    excess = jnp.minimum(weight * most, unit) * jnp.maximum(finite - most / 4, 0 * unit)
+    return weight * finite + (4 * unit) * excess
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2,))
+def pick(logits, labels, axis):
+    """The logit of each row's label (a row array of class indices in range)."""
+    # XLA:CPU upcasts all of a 16-bit operand before a floating-point gather, not before an integer one.
+    if logits.dtype.itemsize == 2:
+        bits = lax.bitcast_convert_type(logits, jnp.uint16)
+        return lax.bitcast_convert_type(_take(bits, labels, axis), logits.dtype)
+    return _take(logits, labels, axis)
+
+
+@pick.defjvp
+def _pick_jvp(axis, primals, tangents):
+    return pick(*primals, axis), _take(tangents[0], primals[1], axis)
+
+
+def _take(logits, labels, axis):
+    return jnp.take_along_axis(logits, labels, axis, mode="clip")
+
+
+# --- the normalizer ---------------------------------------------------------------------------------------------------
+
+
+class Rows(NamedTuple):
+    """Row arrays. To differentiation the first two are constants."""
+
+    top: Array  # the largest logit, in the logits' dtype; 0 in a row of -inf, so that x - m is not NaN
+    m: Array  # the same as the formulas see it, upcast and capped
+    log_z: Array  # log sum exp(x - m); 0 in a row of -inf, so that p = 0 there
+    log_normalizer: Array  # log sum exp x
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
+def normalizer(logits, label, axis, cap, dtype):
+    """The `Rows` of the logits.
+
+    `label` is a row array of the class to leave out of the sum, or None to leave out the maximum, which gives log_z
+    itself full relative precision and not only the loss log_z - (x[label] - m).
+    """
+    # The maximum before the upcast, which the next pass would share.
+    largest = jnp.max(logits, axis, keepdims=True, initial=-jnp.inf if 0 in logits.shape else None)
+    empty = largest == -jnp.inf
+    top = jnp.where(empty, 0, largest)
+    m = read(top, cap, jnp.ones((), dtype))
+    if label is not None and logits.shape[axis[0]] <= 2**24:  # float32 counts no further
+        d = read(pick(logits, label, *axis), cap, jnp.ones((), dtype)) - m
+        x, m_, unit = again(d, logits, m)
+        others = jnp.minimum(jnp.abs(lax.broadcasted_iota(dtype, x.shape, *axis) - label.astype(dtype)), unit)
+        rest = class_sum(jnp.exp(read(x, cap, unit) - m_) * others, axis) + jnp.expm1(d)
+    else:
+        x, m_, unit = again(m, logits, m)
+        total = class_sum(jnp.exp(read(x, cap, unit) - m_), axis)
+        x, m_, top_, unit = again(total, x, m, top)
+        terms = jnp.exp(read(x, cap, unit) - m_) * below_max(x, top_, unit)
+        # Where the total is at least 1.5, 1 can be taken off it; where it is not, the maximum is unique.
+        rest = jnp.where(total < 1.5, class_sum(terms, axis), total - 1)
+    log_z = jnp.log1p(jnp.where(empty, 0, rest))
+    return Rows(top, m, log_z, jnp.where(empty, -jnp.inf, m + log_z))
+
+
+@normalizer.defjvp
+def _normalizer_jvp(axis, cap, dtype, primals, tangents):
+    logits, label = primals
+    rows = normalizer(logits, label, axis, cap, dtype)
+    x, dx = jax.jvp(lambda logits: read(logits, cap, jnp.ones((), dtype)), (logits,), (tangents[0],))
+    dlog_z = class_sum(jnp.exp(x - rows.m - rows.log_z) * dx, axis)
+    return rows, Rows(jnp.zeros_like(rows.top), jnp.zeros_like(rows.m), dlog_z, dlog_z)

@@ -1,0 +1,220 @@
+"""`logsumexp`, `softmax` and `log_softmax`, exact in value and gradient.
+
+The formulas are those of `_rows`: log p = (x - m) - log_z with log_z = log1p(the rest of the row). Computed in at least
+float32; no temporary of the size of the logits, except that `where` writes the masked logits.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from jxent import _checks
+from jxent._rows import again, below_max, class_sum, compute_dtype, normalizer, unmasked
+
+Axis = int | tuple[int, ...] | None
+
+
+def logsumexp(
+    logits: Float[Array, "*shape"],
+    axis: Axis = -1,
+    *,
+    where: Bool[Array, "*#shape"] | None = None,
+    keepdims: bool = False,
+) -> Float[Array, "..."]:
+    """Logarithm of the sum of the exponentials of the logits, the softmax's log-normalizer, in nats.
+
+    Args:
+      logits: float16, bfloat16, float32 or float64.
+      axis: the axis or axes to sum over; None for all.
+      where: boolean, broadcasts to the logits; classes to include.
+      keepdims: keep the summed axes with size 1.
+
+    Returns:
+      The logits' shape without `axis`, in the logits' dtype; -inf where nothing is summed, with a gradient of 0.
+
+    Raises:
+      TypeError: an argument of the wrong type or dtype.
+      ValueError: an argument of the wrong shape or value.
+
+    Example:
+      >>> import jax.numpy as jnp, jxent
+      >>> print(jxent.logsumexp(jnp.array([0.0, -20.0])))
+      2.0611537e-09
+
+    Reference: https://docs.jax.dev/en/latest/_autosummary/jax.nn.logsumexp.html
+    """
+    logits, axis, where = _arguments("logsumexp", logits, axis, where)
+    keepdims = _checks.flag("logsumexp", "keepdims", keepdims)
+    return _masked(_logsumexp, axis, logits, where, keepdims)
+
+
+def softmax(
+    logits: Float[Array, "*shape"], axis: Axis = -1, *, where: Bool[Array, "*#shape"] | None = None
+) -> Float[Array, "*shape"]:
+    """Softmax: ``exp(logits - logsumexp(logits))``.
+
+    Args:
+      logits: float16, bfloat16, float32 or float64.
+      axis: the class axis or axes, over which the probabilities sum to 1; None for all.
+      where: boolean, broadcasts to the logits; classes to include. The others have probability 0.
+
+    Returns:
+      Probabilities, in the logits' shape and dtype; 0 in a row without classes (all -inf or all excluded).
+
+    Raises:
+      TypeError: an argument of the wrong type or dtype.
+      ValueError: an argument of the wrong shape or value.
+
+    Example:
+      >>> import jax.numpy as jnp, jxent
+      >>> print(jxent.softmax(jnp.array([1.0, 1.0, -jnp.inf])))
+      [0.5 0.5 0. ]
+
+    Reference: https://docs.jax.dev/en/latest/_autosummary/jax.nn.softmax.html
+    """
+    return _masked(_softmax, *_in_order(_arguments("softmax", logits, axis, where)))
+
+
+def log_softmax(
+    logits: Float[Array, "*shape"], axis: Axis = -1, *, where: Bool[Array, "*#shape"] | None = None
+) -> Float[Array, "*shape"]:
+    """Logarithm of the softmax, in nats: ``logits - logsumexp(logits)`` in full relative precision.
+
+    Args:
+      logits: float16, bfloat16, float32 or float64.
+      axis: the class axis or axes; None for all.
+      where: boolean, broadcasts to the logits; classes to include. The others have log-probability -inf.
+
+    Returns:
+      Log-probabilities, in the logits' shape and dtype; -inf in a row without classes.
+
+    Raises:
+      TypeError: an argument of the wrong type or dtype.
+      ValueError: an argument of the wrong shape or value.
+
+    Example:
+      >>> import jax.numpy as jnp, jxent
+      >>> print(jxent.log_softmax(jnp.array([0.0, -20.0])))
+      [-2.0611537e-09 -2.0000000e+01]
+
+    Reference: https://docs.jax.dev/en/latest/_autosummary/jax.nn.log_softmax.html
+    """
+    return _masked(_log_softmax, *_in_order(_arguments("log_softmax", logits, axis, where)))
+
+
+def _arguments(function, logits, axis, where):
+    logits = _checks.floating(function, "logits", logits)
+    where = _checks.mask(function, where, logits.shape, "the logits")
+    return logits, _checks.class_axes(function, logits, axis), where
+
+
+def _in_order(arguments):
+    logits, axis, where = arguments
+    return axis, logits, where
+
+
+@partial(jax.jit, static_argnums=(0, 1, 4))
+def _masked(function, axis, logits, where, keepdims=True):
+    if where is not None:
+        logits = jnp.where(where, logits, -jnp.inf)
+    out = function(axis, logits)
+    return out if keepdims else jnp.squeeze(out, axis)
+
+
+def _normalizer(logits, axis):
+    return normalizer(logits, None, axis, None, compute_dtype(logits.dtype))
+
+
+def _log_p(logits, m, log_z):
+    return (logits.astype(m.dtype) - m) - log_z
+
+
+# --- logsumexp: d / dx[j] = p[j] --------------------------------------------------------------------------------------
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _logsumexp(axis, logits):
+    return _logsumexp_fwd(axis, logits)[0]
+
+
+def _logsumexp_fwd(axis, logits):
+    rows = _normalizer(logits, axis)
+    return rows.log_normalizer.astype(logits.dtype), (logits, rows.m, rows.log_z)
+
+
+def _logsumexp_bwd(axis, residuals, cotangent):
+    logits, m, log_z = residuals
+    x, m, log_z, _ = again(m, logits, m, log_z)
+    return ((cotangent * jnp.exp(_log_p(x, m, log_z))).astype(logits.dtype),)
+
+
+_logsumexp.defvjp(_logsumexp_fwd, _logsumexp_bwd)
+
+
+# --- softmax: with cotangent g, dx[j] = p[j] (g[j] - sum of p g) ------------------------------------------------------
+#
+# Where one class has p near 1, g[j] - sum of p g cancels for it. Any constant may be taken off g; with the g of the
+# largest logit (their mean, if several are largest) that class's term of the sum is 0, and nothing cancels.
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _softmax(axis, logits):
+    return _softmax_fwd(axis, logits)[0]
+
+
+def _softmax_fwd(axis, logits):
+    top, m, log_z, _ = _normalizer(logits, axis)
+    x, m_, log_z_, _ = again(log_z, logits, m, log_z)
+    return jnp.exp(_log_p(x, m_, log_z_)).astype(logits.dtype), (logits, top, m, log_z)
+
+
+def _softmax_bwd(axis, residuals, cotangent):
+    logits, top, m, log_z = residuals
+    both = logits, cotangent
+    x, top_, unit = again(log_z, logits, top)
+    count = class_sum(unit - below_max(x, top_, unit), axis)
+    (x, g), top_, unit = again(count, both, top)
+    center = class_sum((unit - below_max(x, top_, unit)) * g.astype(m.dtype), axis) / jnp.maximum(count, 1)
+    (x, g), m_, log_z_, center_, _ = again(center, both, m, log_z, center)
+    mean = class_sum(jnp.exp(_log_p(x, m_, log_z_)) * (g.astype(m.dtype) - center_), axis)
+    (x, g), m_, log_z_, center_, mean, _ = again(mean, both, m, log_z, center, mean)
+    return ((jnp.exp(_log_p(x, m_, log_z_)) * ((g.astype(m.dtype) - center_) - mean)).astype(logits.dtype),)
+
+
+_softmax.defvjp(_softmax_fwd, _softmax_bwd)
+
+
+# --- log_softmax: with cotangent g, dx[j] = g[j] - p[j] sum of g ------------------------------------------------------
+#
+# Where one class has p near 1 that cancels for it, and is computed as -expm1(log p) (sum of g) - (sum of the other g).
+# A masked class (-inf) takes no part: its g is left out.
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _log_softmax(axis, logits):
+    return _log_softmax_fwd(axis, logits)[0]
+
+
+def _log_softmax_fwd(axis, logits):
+    top, m, log_z, _ = _normalizer(logits, axis)
+    x, m_, log_z_, _ = again(log_z, logits, m, log_z)
+    return _log_p(x, m_, log_z_).astype(logits.dtype), (logits, top, m, log_z)
+
+
+def _log_softmax_bwd(axis, residuals, cotangent):
+    logits, top, m, log_z = residuals
+    both, dtype = (logits, cotangent), m.dtype
+    (x, g), unit = again(log_z, both)
+    total = class_sum(unmasked(x.astype(dtype), unit) * g.astype(dtype), axis)
+    (x, g), top_, unit = again(total, both, top)
+    counted = unmasked(x.astype(dtype), unit) * below_max(x, top_, unit)
+    others = class_sum(counted * g.astype(dtype), axis)
+    (x, g), m_, log_z_, total, others, _ = again(others, both, m, log_z, total, others)
+    log_p, g = _log_p(x, m_, log_z_), g.astype(dtype)
+    grad = jnp.where(log_p > jnp.log(2 / 3), -jnp.expm1(log_p) * total - others, g - jnp.exp(log_p) * total)
+    return (jnp.where(x == -jnp.inf, 0, grad).astype(logits.dtype),)
+
+
+_log_softmax.defvjp(_log_softmax_fwd, _log_softmax_bwd)
