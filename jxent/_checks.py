@@ -9,6 +9,7 @@ import numbers
 import operator
 
 import jax.numpy as jnp
+import numpy as np
 
 REDUCTIONS = ("mean", "sum", "none")
 FLOATING = tuple(jnp.dtype(d) for d in (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64))
@@ -55,7 +56,8 @@ def class_axes(function, logits, axis):
         a = integer(function, "axis", a)
         if not -logits.ndim <= a < logits.ndim:
             raise ValueError(
-                f"{function}: axis must be in [{-logits.ndim}, {logits.ndim}) for logits of shape {logits.shape}, got {a}"
+                f"{function}: axis must be in [{-logits.ndim}, {logits.ndim}) for logits of shape {logits.shape}, got "
+                f"{a}"
             )
         axes.append(a % logits.ndim)
     if len(set(axes)) < len(axes):
@@ -178,9 +180,9 @@ def reduction(function, value):
 
 
 def flag(function, name, value):
-    if not isinstance(value, bool):
-        raise TypeError(f"{function}: {name} must be True or False, got {value!r}")
-    return value
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{function}: {name} must be True or False, got {_shown(value)}")
+    return bool(value)
 
 
 def scalar(function, name, value, low, high):
@@ -188,10 +190,11 @@ def scalar(function, name, value, low, high):
     if isinstance(value, bool):
         raise TypeError(f"{function}: {name} must be a number, got {value!r}")
     if isinstance(value, numbers.Real):
+        value = float(value)
         if not low <= value <= high or math.isinf(value):
             wanted = f"in [{low}, {high}]" if high < math.inf else f"finite and at least {low}"
             raise ValueError(f"{function}: {name} must be {wanted}, got {value}")
-        return float(value)
+        return value
     value = array(function, name, value)
     if not jnp.issubdtype(value.dtype, jnp.floating):
         raise TypeError(f"{function}: {name} must be a number or a floating-point scalar, got dtype {value.dtype}")
@@ -208,6 +211,7 @@ def softcap(function, value):
             f"{function}: logit_softcap must be None or a Python number, got {_shown(value)}; "
             "it is static: mark it with static_argnames where you jit"
         )
+    value = float(value)
     if not 0 < value < math.inf:
         raise ValueError(f"{function}: logit_softcap must be positive and finite, got {value}; None switches it off")
-    return float(value)
+    return value

@@ -1,7 +1,7 @@
 """What each position costs, and the exact gradient of that: the rule under `cross_entropy`.
 
-With log p = (x - m) - log_z (`_rows`), a position has up to three costs, and its loss is a sum of them whose coefficients
-(weights, smoothing, the z-loss, the mean's denominator) are plain JAX outside the rule:
+With log p = (x - m) - log_z (`_rows`), a position has up to three costs, and its loss is a sum of them whose
+coefficients (weights, smoothing, the z-loss, the mean's denominator) are plain JAX outside the rule:
 
     label     -log p[t], or sum of q[j] w[j] * -log p[j] for class probabilities q and class weights w
     uniform   the mean over the classes of w[j] * -log p[j], for label smoothing
@@ -63,9 +63,8 @@ class Residuals(NamedTuple):
     m: Array
     log_z: Array
     label_cost: Array
-    count: Array | None  # of the classes that are not masked
-    mean_weight: Array | None  # of the same
-
+    present: Array | None  # how many classes are not masked
+    mean_weight: Array | None  # their mean class weight
 
 
 def _dtype(logits, labels):
@@ -77,8 +76,8 @@ def costs(form, logits, labels, class_weight, keep):
     """The costs of each position.
 
     `labels` are class indices without the class axis or class probabilities of the logits' shape; `class_weight`
-    (classes,) or None enters the sums over classes and not the cost of an index label; `keep` is a row array, False where
-    a position does not count, or None. What the logits hold at such a position does not reach a gradient.
+    (classes,) or None enters the sums over classes and not the cost of an index label; `keep` is a row array, False
+    where a position does not count, or None. What the logits hold at such a position does not reach a gradient.
     """
     return _costs_fwd(form, logits, labels, class_weight, keep)[0]
 
@@ -98,16 +97,16 @@ def _costs_fwd(form, logits, labels, class_weight, keep):
         label_cost = class_sum(product(times(q.astype(dtype), w), log_z_ - (read(x, cap, unit) - m_), unit), axis)
     last = label_cost
 
-    count = mean_weight = uniform = None
+    present = mean_weight = uniform = None
     if form.uniform:
         x, m_, unit = again(last, logits, m)
-        count = class_sum(unmasked(read(x, cap, unit) - m_, unit), axis)
-        x, w, m_, log_z_, unit = again(count, logits, weight, m, log_z)
+        present = class_sum(unmasked(read(x, cap, unit) - m_, unit), axis)
+        x, w, m_, log_z_, unit = again(present, logits, weight, m, log_z)
         z = read(x, cap, unit) - m_
-        uniform = last = class_sum(product(times(unmasked(z, unit), w), log_z_ - z, unit), axis) / count
+        uniform = last = class_sum(product(times(unmasked(z, unit), w), log_z_ - z, unit), axis) / present
         if weight is not None:
             x, w, m_, unit = again(last, logits, weight, m)
-            mean_weight = last = class_sum(unmasked(read(x, cap, unit) - m_, unit) * w, axis) / count
+            mean_weight = last = class_sum(unmasked(read(x, cap, unit) - m_, unit) * w, axis) / present
 
     out = Costs(label_cost, uniform, log_normalizer if form.log_normalizer or form.stats else None)
     if form.stats:
@@ -120,7 +119,7 @@ def _costs_fwd(form, logits, labels, class_weight, keep):
             log_prob = -class_sum(product(q.astype(dtype), log_z_ - (read(x, cap, unit) - m_), unit), axis)
         prediction = jnp.expand_dims(lax.argmax(logits, form.axis, jnp.int32), form.axis)
         out = out._replace(log_prob=log_prob, entropy=entropy, prediction=prediction)
-    return out, Residuals(logits, labels, class_weight, keep, top, m, log_z, label_cost, count, mean_weight)
+    return out, Residuals(logits, labels, class_weight, keep, top, m, log_z, label_cost, present, mean_weight)
 
 
 # With p = exp(log p), V the mean of the class weights and n the number of classes,
@@ -133,7 +132,7 @@ def _costs_fwd(form, logits, labels, class_weight, keep):
 # In the second line one class may have p near 1, and p Q - q w cancels there. It is computed as
 # Q expm1(log p[j]) + (sum of q w over the other classes), which does not: a one-hot q gives the first line's gradient.
 def _costs_bwd(form, residuals, cotangents):
-    logits, labels, class_weight, keep, top, m, log_z, label_cost, count, mean_weight = residuals
+    logits, labels, class_weight, keep, top, m, log_z, label_cost, present, mean_weight = residuals
     axis, cap, dtype = (form.axis,), form.logit_softcap, m.dtype
     weight = along(class_weight, logits.ndim, form.axis, dtype)
     to_label, to_uniform, to_log_normalizer = cotangents[:3]
@@ -144,6 +143,7 @@ def _costs_bwd(form, residuals, cotangents):
         last = total = class_sum(times(q.astype(dtype), w), axis)
         (x, q), w, top_, unit = again(last, (logits, labels), weight, top)
         last = others = class_sum(times(q.astype(dtype), w) * below_max(x, top_, unit), axis)
+
     (x, labels), w, m, log_z, total, others, unit = again(last, (logits, labels), weight, m, log_z, total, others)
     x, pull = jax.vjp(lambda x: read(x, cap, unit), x)
     log_p = x - m - log_z
@@ -151,29 +151,24 @@ def _costs_bwd(form, residuals, cotangents):
     if by_index(labels):
         at_label = lax.broadcasted_iota(labels.dtype, x.shape, form.axis) == jnp.expand_dims(labels, form.axis)
         grad = to_label * jnp.where(at_label, jnp.expm1(-label_cost), p)
+        grad_labels, per_class = None, 0
     else:
         q = labels.astype(dtype)
         confident = log_p > jnp.log(2 / 3)
         grad = to_label * jnp.where(confident, total * jnp.expm1(log_p) + others, total * p - times(q, w))
+        cost = jnp.where((x == -jnp.inf) & (q == 0), 0, -log_p)  # a masked class that no label names is no class
+        grad_labels = only(keep, to_label * times(cost, w)).astype(labels.dtype)
+        per_class = to_label * q * cost
     if form.uniform:
-        share = jnp.where(x == -jnp.inf, 0, (1 if w is None else w) / count)
-        grad += to_uniform * (p * (1 if w is None else mean_weight) - share)
+        masked = x == -jnp.inf
+        grad += to_uniform * (times(p, mean_weight) - jnp.where(masked, 0, (1 if w is None else w) / present))
+        per_class += to_uniform * jnp.where(masked, 0, -log_p) / present
     if form.log_normalizer:
         grad += to_log_normalizer * p
-    (grad,) = pull(only(keep, grad))
+    grad = only(keep, pull(grad)[0])
 
-    grad_labels = None
-    if not by_index(labels):
-        # A masked class that no label names is no class at all.
-        cost = jnp.where((x == -jnp.inf) & (q == 0), 0, -log_p)
-        grad_labels = only(keep, to_label * times(cost, w)).astype(labels.dtype)
     grad_weight = None
     if class_weight is not None:
-        per_class = 0
-        if not by_index(labels):
-            per_class += to_label * q * cost
-        if form.uniform:
-            per_class += to_uniform * jnp.where(x == -jnp.inf, 0, -log_p) / count
         positions = tuple(a for a in range(logits.ndim) if a != form.axis)
         grad_weight = jnp.sum(only(keep, per_class), positions).astype(class_weight.dtype)
     return grad, grad_labels, grad_weight, None

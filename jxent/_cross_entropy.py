@@ -16,9 +16,10 @@ from jxent._reduce import counted, only, reduce, weight_of
 class Stats(NamedTuple):
     """What `return_stats=True` adds to a loss, taken in the same pass. No gradient flows through it.
 
-    All but `weight` have the shape of the labels. At positions that do not count `log_prob`, `log_normalizer` and
-    `entropy` are 0 and `prediction` is negative and no label, so that
-    `jnp.sum(stats.prediction == labels) / stats.weight` is the accuracy of an unweighted loss.
+    All but `weight` have the shape of the positions. Where a position does not count, `log_prob`, `log_normalizer` and
+    `entropy` are 0 and `prediction` is negative and no label. So for a loss without class and sample weights the
+    accuracy is `jnp.sum(stats.prediction == labels) / stats.weight`, and the loss without smoothing and z-loss is
+    `-jnp.sum(stats.log_prob) / stats.weight`.
     """
 
     log_prob: Float[Array, "*positions"]
@@ -77,8 +78,8 @@ def cross_entropy(
       return_stats: also return `Stats`.
 
     Returns:
-      The loss in float32, or in float64 if an input is: a scalar, or for ``reduction="none"`` the positions' shape. With
-      `return_stats`, the pair (loss, `Stats`).
+      The loss in float32, or in float64 if an input is: a scalar, or for ``reduction="none"`` the positions' shape.
+      With `return_stats`, the pair (loss, `Stats`).
 
     Raises:
       TypeError: an argument of the wrong type or dtype.
@@ -101,23 +102,23 @@ def cross_entropy(
       Reductions: https://docs.pytorch.org/docs/stable/generated/torch.nn.CrossEntropyLoss.html
     """
     name = "cross_entropy"
-    logits = _checks.floating(name, "logits", logits)
+    logits = _checks.floating(name, "logits", logits, "convert it with .astype(jnp.float32), or swap it with labels")
     axis = _checks.class_axis(name, "logits", logits, axis)
     labels = _checks.class_labels(name, "logits", logits, labels, axis)
     class_weight, sample_weight, where = _checks.weights(name, class_weight, sample_weight, where, logits, axis)
     ignore_index = _checks.ignored_class(name, ignore_index, labels)
+    smoothing = _checks.scalar(name, "label_smoothing", label_smoothing, 0, 1)
+    z_weight = _checks.scalar(name, "z_loss_weight", z_loss_weight, 0, float("inf"))
     options = Options(
         axis=axis,
         ignore_index=ignore_index,
-        label_smoothing=_checks.scalar(name, "label_smoothing", label_smoothing, 0, 1),
-        z_loss_weight=_checks.scalar(name, "z_loss_weight", z_loss_weight, 0, float("inf")),
+        label_smoothing=smoothing if isinstance(smoothing, float) else None,
+        z_loss_weight=z_weight if isinstance(z_weight, float) else None,
         logit_softcap=_checks.softcap(name, logit_softcap),
         reduction=_checks.reduction(name, reduction),
         return_stats=_checks.flag(name, "return_stats", return_stats),
     )
-    traced = {k: getattr(options, k) for k in ("label_smoothing", "z_loss_weight")}
-    traced = {k: v for k, v in traced.items() if not isinstance(v, float)}
-    options = options._replace(**dict.fromkeys(traced))
+    traced = tuple(None if isinstance(value, float) else value for value in (smoothing, z_weight))
     return _cross_entropy(options, logits, labels, class_weight, sample_weight, where, traced)
 
 
@@ -135,8 +136,8 @@ class Options(NamedTuple):
 
 @partial(jax.jit, static_argnums=0)
 def _cross_entropy(options, logits, labels, class_weight, sample_weight, where, traced):
-    smoothing = traced.get("label_smoothing", options.label_smoothing)
-    z_loss_weight = traced.get("z_loss_weight", options.z_loss_weight)
+    smoothing = options.label_smoothing if traced[0] is None else traced[0]
+    z_loss_weight = options.z_loss_weight if traced[1] is None else traced[1]
     axis, classes = options.axis, logits.shape[options.axis]
     shape = logits.shape[:axis] + logits.shape[axis + 1 :]
 
@@ -153,9 +154,9 @@ def _cross_entropy(options, logits, labels, class_weight, sample_weight, where, 
     )
     in_sums = class_weight if form.uniform or not by_index(labels) else None
     rows = costs(form, logits, labels, in_sums, None if keep is None else jnp.expand_dims(keep, axis))
-    rows = jax.tree.map(lambda row: jnp.squeeze(row, axis), rows)
+    rows = jax.tree.map(lambda row: only(keep, jnp.squeeze(row, axis)), rows)
 
-    label_weight = weight_of(labels, class_weight)
+    label_weight = weight_of(labels, class_weight, keep)
     losses = times(rows.label, label_weight)
     if form.uniform:
         losses = (1 - smoothing) * losses + smoothing * rows.uniform
@@ -166,9 +167,9 @@ def _cross_entropy(options, logits, labels, class_weight, sample_weight, where, 
         return loss
     no_label = -2 if options.ignore_index == -1 else -1
     stats = Stats(
-        log_prob=only(keep, rows.log_prob),
-        log_normalizer=only(keep, rows.log_normalizer),
-        entropy=only(keep, rows.entropy),
+        log_prob=rows.log_prob,
+        log_normalizer=rows.log_normalizer,
+        entropy=rows.entropy,
         prediction=only(keep, rows.prediction, no_label),
         weight=weight,
     )

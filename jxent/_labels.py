@@ -11,7 +11,8 @@ from jxent import _checks
 def next_token_labels(tokens: Int[Array, "*batch length"], *, ignore_index: int = -100) -> Int[Array, "*batch length"]:
     """Labels of a language model: each token's label is the next token, and the last one is ignored.
 
-    The labels keep the tokens' length, so that hidden states or logits need no slicing, which would break their sharding.
+    The labels keep the tokens' length, so that hidden states and logits need no slicing, which would break their
+    sharding.
 
     Args:
       tokens: integers, the sequence on the last axis.

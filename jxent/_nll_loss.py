@@ -32,7 +32,8 @@ def nll_loss(
         floating point of the shape of `log_probs`.
       axis: the class axis.
       class_weight: one weight per class, shape (classes,).
-      sample_weight: multiplies each position's loss and its share of the mean's denominator; broadcasts to the positions.
+      sample_weight: multiplies each position's loss and its share of the mean's denominator; broadcasts to the
+        positions.
       where: boolean, broadcasts to the positions; False leaves a position out, whatever it holds.
       ignore_index: a position with this index label is left out.
       reduction: ``"mean"``, ``"sum"`` or ``"none"``, as in `cross_entropy`.
@@ -53,7 +54,9 @@ def nll_loss(
     Reference: https://docs.pytorch.org/docs/stable/generated/torch.nn.NLLLoss.html
     """
     name = "nll_loss"
-    log_probs = _checks.floating(name, "log_probs", log_probs)
+    log_probs = _checks.floating(
+        name, "log_probs", log_probs, "convert it with .astype(jnp.float32), or swap it with labels"
+    )
     axis = _checks.class_axis(name, "log_probs", log_probs, axis)
     labels = _checks.class_labels(name, "log_probs", log_probs, labels, axis)
     class_weight, sample_weight, where = _checks.weights(name, class_weight, sample_weight, where, log_probs, axis)
@@ -71,13 +74,13 @@ def _nll_loss(axis, ignore_index, reduction, log_probs, labels, class_weight, sa
         report("nll_loss", labels, log_probs.shape[axis])
     in_sums = None if by_index(labels) else class_weight
     costs = _costs(axis, log_probs, labels, in_sums, None if keep is None else jnp.expand_dims(keep, axis))
-    label_weight = weight_of(labels, class_weight)
-    losses = times(jnp.squeeze(costs, axis), label_weight)
+    label_weight = weight_of(labels, class_weight, keep)
+    losses = times(only(keep, jnp.squeeze(jnp.asarray(costs), axis)), label_weight)
     return reduce(losses, keep, label_weight, sample_weight, reduction)[0]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _costs(axis, log_probs, labels, class_weight, keep):
+def _costs(axis, log_probs, labels, class_weight, keep) -> Array:
     """-log p of the label, or the sum of q w * -log p, a row array."""
     if by_index(labels):
         classes = log_probs.shape[axis]
@@ -93,8 +96,8 @@ def _costs_fwd(axis, *arguments):
     return _costs(axis, *arguments), arguments
 
 
-# d / d log_probs[j] is -1 at the label and 0 elsewhere, or -q[j] w[j]. A custom rule, because the transpose of a gather is
-# a scatter into zeros, which neither fuses nor partitions, and because 0 * inf counts as 0.
+# d / d log_probs[j] is -1 at the label and 0 elsewhere, or -q[j] w[j]. A custom rule, because the transpose of a gather
+# is a scatter into zeros, which neither fuses nor partitions, and because 0 * inf counts as 0.
 def _costs_bwd(axis, residuals, cotangent):
     log_probs, labels, class_weight, keep = residuals
     dtype = cotangent.dtype

@@ -24,11 +24,11 @@ def _holds(dtype, value):
     return info.min <= value <= info.max
 
 
-def weight_of(labels, class_weight):
-    """The class weight of each index label; None without class weights, or for class probabilities."""
+def weight_of(labels, class_weight, keep):
+    """The class weight of each index label that counts; None without class weights, or for class probabilities."""
     if class_weight is None or not by_index(labels):
         return None
-    return class_weight.at[labels].get(mode="clip")
+    return only(keep, class_weight.at[labels].get(mode="clip"))
 
 
 def only(keep, values, other=0):
@@ -39,17 +39,16 @@ def only(keep, values, other=0):
 def reduce(losses, keep, label_weight, sample_weight, reduction):
     """(loss, weight): the positions' losses reduced, and the denominator of the mean.
 
-    `losses` are weighted by class already; `label_weight` is the weight of each position's class, or None. The mean of
-    nothing is nan, with a gradient of 0.
+    `losses` are weighted by class already and 0 where a position does not count; `label_weight` is the weight of each
+    position's class, or None. The mean of nothing is nan, with a gradient of 0.
     """
     weight = label_weight
     if sample_weight is not None:
-        sample_weight = jnp.broadcast_to(sample_weight, losses.shape)
+        sample_weight = only(keep, jnp.broadcast_to(sample_weight, losses.shape))
         losses = losses * sample_weight
         weight = sample_weight if weight is None else weight * sample_weight
-    losses = only(keep, losses)
     if weight is not None:
-        weight = jnp.sum(only(keep, weight))
+        weight = jnp.sum(weight)
     else:
         # An integer sum: one of float32 ones may stop at 2**24.
         ones = jnp.ones(losses.shape, jnp.int32) if keep is None else keep.astype(jnp.int32)

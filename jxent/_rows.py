@@ -6,8 +6,8 @@ With the row maximum m = max x and r = sum of exp(x[j] - m) over every class but
     log p[j] = (x[j] - m) - log_z          # both terms <= 0: nothing cancels
     p[j] - 1 = expm1(log p[j])
 
-`m` and `log_z` stay apart, because their sum would round at |m| >> 1. Where the label is known its class may be left out
-instead of the maximum's, with d = x[label] - m:  log_z = log1p(sum over j != label of exp(x[j] - m) + expm1(d)).
+`m` and `log_z` stay apart, because their sum would round at |m| >> 1. Where the label is known its class may be left
+out instead of the maximum's, with d = x[label] - m: log_z = log1p(sum over j != label of exp(x[j] - m) + expm1(d)).
 
 Everything is computed in float32 (float64 for float64 logits), and no array of the size of the logits is written. The
 second half is a matter of spelling. XLA:CPU fuses a reduction with the arithmetic that feeds it, but
@@ -35,8 +35,8 @@ def compute_dtype(*dtypes):
 def again(previous, logits, *rows):
     """(`logits`, *`rows`, unit) for one more pass over the logits, which starts once `previous` is known.
 
-    `logits` is an array or several. `unit` is 1 in the dtype of `previous`, which is the one to compute in; the pass takes
-    its constants as multiples of it, to have them for itself.
+    `logits` is an array or several. `unit` is 1 in the dtype of `previous`, which is the one to compute in; the pass
+    takes its constants as multiples of it, to have them for itself.
     """
     unit = jnp.ones((), previous.dtype)
     logits, rows, unit, _ = lax.optimization_barrier((logits, rows, unit, previous))
@@ -155,7 +155,8 @@ def normalizer(logits, label, axis, cap, dtype):
         # Where the total is at least 1.5, 1 can be taken off it; where it is not, the maximum is unique.
         rest = jnp.where(total < 1.5, class_sum(terms, axis), total - 1)
     log_z = jnp.log1p(jnp.where(empty, 0, rest))
-    return Rows(top, m, log_z, jnp.where(empty, -jnp.inf, m + log_z))
+    log_normalizer = jnp.where(m == jnp.inf, jnp.inf, m + log_z)  # where log_z is NaN
+    return Rows(top, m, log_z, jnp.where(empty, -jnp.inf, log_normalizer))
 
 
 @normalizer.defjvp

@@ -1,7 +1,7 @@
 """`logsumexp`, `softmax` and `log_softmax`, exact in value and gradient.
 
 The formulas are those of `_rows`: log p = (x - m) - log_z with log_z = log1p(the rest of the row). Computed in at least
-float32; no temporary of the size of the logits, except that `where` writes the masked logits.
+float32; no temporary of the size of the logits, except that `logsumexp` with `where` writes the masked logits.
 """
 
 from functools import partial

@@ -1,0 +1,679 @@
+"""Bad input is named: what cannot be right raises at trace time, and a label out of range shows as NaN and in checkify.
+
+A message names the function, the argument, what was wanted, what came, and the remedy where there is one. The table
+below holds one row per thing that can be wrong with an argument; each row is tried eagerly and under transformations.
+"""
+
+import re
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import checkify
+
+import jxent
+
+N, C = 5, 7
+RNG = np.random.default_rng(20240611)
+LOGITS = RNG.normal(size=(N, C)).astype(np.float32)
+LABELS = np.array([1, 0, 6, 3, 2])
+PROBABILITIES = RNG.dirichlet(np.ones(C), N).astype(np.float32)
+LOSSES = {"nll_loss": "log_probs", "cross_entropy": "logits"}
+SOFTMAXES = ("logsumexp", "softmax", "log_softmax")
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """A call that raises, and what its message says: these patterns, in this order, after the function's name."""
+
+    function: str
+    argument: str
+    what: str
+    arguments: dict[str, Any]  # those that differ from a good call
+    error: type[Exception]
+    says: tuple[str, ...]
+
+
+def ints(*shape):
+    return jnp.zeros(shape, jnp.int32)
+
+
+def floats(*shape):
+    return jnp.ones(shape, jnp.float32)
+
+
+def good(function):
+    """The arguments of a good call, as arrays."""
+    if function == "next_token_labels":
+        return {"tokens": jnp.asarray(LABELS, jnp.int32)}
+    if function in SOFTMAXES:
+        return {"logits": jnp.asarray(LOGITS)}
+    return {LOSSES[function]: jnp.asarray(LOGITS), "labels": jnp.asarray(LABELS, jnp.int32)}
+
+
+def rows_of(function, argument, *table, **others):
+    """Rows from tuples (what, value, error, *says); `others` go with each call."""
+    return [Row(function, argument, what, {argument: v} | others, error, says) for what, v, error, *says in table]
+
+
+def scores_rows(function, name):
+    """The first argument, whose dtype and whose being an array are checked alike everywhere."""
+    wanted = "must be floating point .*float16, bfloat16, float32, float64"
+    return rows_of(
+        function,
+        name,
+        ("int", ints(N, C), TypeError, wanted, "got int32", "astype"),
+        ("bool", jnp.ones((N, C), bool), TypeError, wanted, "got bool", "astype"),
+        ("complex", jnp.ones((N, C), jnp.complex64), TypeError, wanted, "got complex64"),
+        ("float8", jnp.ones((N, C), jnp.float8_e4m3fn), TypeError, wanted, "got float8_e4m3fn", "astype"),
+        ("none", None, TypeError, "must be an array", "got None"),
+        ("text", "logits", TypeError, "must be an array", "got 'logits'"),
+        ("dict", {"a": 1.0}, TypeError, "must be an array", r"got \{'a': 1.0\} \(dict\)"),
+        ("ragged", [[1.0, 2.0], [1.0]], TypeError, "must be an array", r"got \[\[1.0, 2.0\], \[1.0\]\] \(list\)"),
+    )
+
+
+def axis_rows(function, name):
+    static = r"static"
+    rows = rows_of(
+        function,
+        "axis",
+        ("float", 1.0, TypeError, "must be a Python integer", r"got 1.0 \(float\)"),
+        ("bool", True, TypeError, "must be a Python integer", "got True"),
+        ("text", "classes", TypeError, "must be a Python integer", "got 'classes'"),
+        ("array", jnp.int32(1), TypeError, "must be a Python integer", "got ", static),
+        ("too-large", 2, ValueError, r"must be in \[-2, 2\)", rf"{name} of shape \({N}, {C}\)", "got 2"),
+        ("too-small", -3, ValueError, r"must be in \[-2, 2\)", rf"{name} of shape \({N}, {C}\)", "got -3"),
+    )
+    if function in SOFTMAXES:
+        return rows + rows_of(
+            function,
+            "axis",
+            ("none-inside", (0, None), TypeError, "must be a Python integer", "got None"),
+            ("array-inside", (0, jnp.int32(1)), TypeError, "must be a Python integer", "got ", static),
+            ("too-large-inside", (0, 2), ValueError, r"must be in \[-2, 2\)", "got 2"),
+            ("twice", (1, 1), ValueError, "must not name an axis twice", r"got \(1, 1\)"),
+            ("twice-from-the-end", (1, -1), ValueError, "must not name an axis twice", r"got \(1, -1\)"),
+        )
+    return rows + rows_of(
+        function,
+        "axis",
+        ("none", None, TypeError, "must be a Python integer", "got None"),
+        ("tuple", (0, 1), TypeError, "must be a Python integer", r"got \(0, 1\)"),
+    )
+
+
+def softmax_rows(function):
+    rows = scores_rows(function, "logits") + axis_rows(function, "logits")
+    rows += rows_of(
+        function,
+        "where",
+        ("int", ints(N, C), TypeError, "must be boolean", "got int32", r"mask != 0"),
+        ("float", floats(N, C), TypeError, "must be boolean", "got float32", r"mask != 0"),
+        ("text", "classes", TypeError, "must be an array", "got 'classes'"),
+        ("shape", jnp.ones(N, bool), ValueError, rf"broadcast to the logits, \({N}, {C}\)", rf"got shape \({N},\)"),
+        ("rank", jnp.ones((1, N, C), bool), ValueError, "broadcast to the logits", rf"got shape \(1, {N}, {C}\)"),
+    )
+    if function == "logsumexp":
+        rows += flag_rows(function, "keepdims")
+    return rows
+
+
+def flag_rows(function, name):
+    return rows_of(
+        function,
+        name,
+        ("none", None, TypeError, "must be True or False", "got None"),
+        ("int", 1, TypeError, "must be True or False", "got 1"),
+        ("text", "yes", TypeError, "must be True or False", "got 'yes'"),
+        ("array", jnp.array(True), TypeError, "must be True or False", "got ", "static"),
+    )
+
+
+def label_rows(function, name):
+    kind = r"must be integers \(class indices\) or floating point \(class probabilities\)"
+    index = f"integer labels must have the shape of {name} without its class axis"
+    probability = f"class probabilities and must have the shape of {name}"
+    flat = rows_of(
+        function,
+        "labels",
+        ("bool", jnp.ones(N, bool), TypeError, kind, "got bool", "astype"),
+        ("complex", jnp.ones(N, jnp.complex64), TypeError, kind, "got complex64"),
+        ("float8", jnp.ones((N, C), jnp.float8_e4m3fn), TypeError, kind, "got float8_e4m3fn"),
+        ("none", None, TypeError, "must be an array", "got None"),
+        ("text", "cat", TypeError, "must be an array", "got 'cat'"),
+        ("index-short", ints(N - 1), ValueError, index, rf"\({N},\)", rf"\({N}, {C}\)", rf"got \({N - 1},\)"),
+        ("index-scalar", ints(), ValueError, index, rf"\({N},\)", r"got \(\)"),
+        ("index-column", ints(N, 1), ValueError, index, rf"got \({N}, 1\)", rf"\.reshape\(\({N},\)\)"),
+        ("index-row", ints(1, N), ValueError, index, rf"got \(1, {N}\)", rf"\.reshape\(\({N},\)\)"),
+        ("index-one-hot", ints(N, C), ValueError, index, rf"got \({N}, {C}\)", r"one-hot.*\.astype\(jnp\.float32\)"),
+        ("probability-rows", floats(N - 1, C), ValueError, probability, rf"\({N}, {C}\)", rf"got \({N - 1}, {C}\)"),
+        ("probability-classes", floats(N, C - 1), ValueError, probability, rf"got \({N}, {C - 1}\)"),
+        ("probability-scalar", floats(), ValueError, probability, r"got \(\)"),
+        ("float-indices", floats(N), ValueError, probability, rf"got \({N},\)", r"indices.*\.astype\(jnp\.int32\)"),
+    )
+    scores = {name: floats(2, C, 3)}
+    torch_layout = rows_of(
+        function, "labels", ("torch-layout", ints(2, 3), ValueError, index, r"got \(2, 3\)", "axis=1"), **scores
+    )
+    last_layout = rows_of(
+        function,
+        "labels",
+        ("last-layout", ints(2, 3), ValueError, index, r"got \(2, 3\)", "axis=-1"),
+        **{name: floats(2, 3, C), "axis": 1},
+    )
+    return flat + torch_layout + last_layout
+
+
+def weight_rows(function):
+    floating = "must be floating point"
+    classes, positions = rf"one weight per class, shape \({C},\)", rf"broadcast to the positions.*\({N},\)"
+    return (
+        rows_of(
+            function,
+            "class_weight",
+            ("int", ints(C), TypeError, floating, "got int32", "astype"),
+            ("bool", jnp.ones(C, bool), TypeError, floating, "got bool", "astype"),
+            ("text", "balanced", TypeError, "must be an array", "got 'balanced'"),
+            ("short", floats(C - 1), ValueError, classes, rf"got .*\({C - 1},\)"),
+            ("column", floats(C, 1), ValueError, classes, rf"got .*\({C}, 1\)"),
+            ("scalar", floats(), ValueError, classes, r"got .*\(\)"),
+            ("per-position", floats(N), ValueError, classes, rf"got .*\({N},\)"),
+        )
+        + rows_of(
+            function,
+            "sample_weight",
+            ("int", ints(N), TypeError, floating, "got int32", "where=", "astype"),
+            ("bool", jnp.ones(N, bool), TypeError, floating, "got bool", "where="),
+            ("text", "balanced", TypeError, "must be an array", "got 'balanced'"),
+            ("long", floats(N + 1), ValueError, positions, rf"got shape \({N + 1},\)"),
+            ("column", floats(N, 1), ValueError, positions, rf"got shape \({N}, 1\)"),
+            ("row", floats(1, N), ValueError, positions, rf"got shape \(1, {N}\)"),
+        )
+        + rows_of(
+            function,
+            "where",
+            ("int", ints(N), TypeError, "must be boolean", "got int32", "mask != 0", "sample_weight"),
+            ("float", floats(N), TypeError, "must be boolean", "got float32", "mask != 0", "sample_weight"),
+            ("text", "all", TypeError, "must be an array", "got 'all'"),
+            ("long", jnp.ones(N + 1, bool), ValueError, positions, rf"got shape \({N + 1},\)"),
+            ("column", jnp.ones((N, 1), bool), ValueError, positions, rf"got shape \({N}, 1\)"),
+            ("logits-shaped", jnp.ones((N, C), bool), ValueError, positions, rf"got shape \({N}, {C}\)"),
+        )
+    )
+
+
+def option_rows(function):
+    integer = "must be a Python integer"
+    return (
+        rows_of(
+            function,
+            "ignore_index",
+            ("float", -100.0, TypeError, integer, "got -100.0"),
+            ("bool", True, TypeError, integer, "got True"),
+            ("none", None, TypeError, integer, "got None"),
+            ("text", "pad", TypeError, integer, "got 'pad'"),
+            ("array", jnp.int32(0), TypeError, integer, "got ", "static"),
+        )
+        + rows_of(
+            function,
+            "ignore_index",
+            ("probabilities", 0, ValueError, "integer labels", "class probabilities.*float32", "where="),
+            labels=jnp.asarray(PROBABILITIES),
+        )
+        + rows_of(
+            function,
+            "reduction",
+            ("none", None, TypeError, "'mean', 'sum', 'none'", "got None"),
+            ("flag", True, TypeError, "'mean', 'sum', 'none'", "got True"),
+            ("array", jnp.int32(0), TypeError, "'mean', 'sum', 'none'", "got ", "static"),
+            ("unknown", "avg", ValueError, "'mean', 'sum', 'none'", "got 'avg'"),
+            ("upper-case", "MEAN", ValueError, "'mean', 'sum', 'none'", "got 'MEAN'"),
+        )
+    )
+
+
+def loss_rows(function, name):
+    scores = scores_rows(function, name) + rows_of(
+        function,
+        name,
+        ("scalar", floats(), ValueError, "class axis", r"got a scalar"),
+        ("no-classes", floats(N, 0), ValueError, "at least one class", rf"got shape \({N}, 0\)"),
+    )
+    return (
+        scores + axis_rows(function, name) + label_rows(function, name) + weight_rows(function) + option_rows(function)
+    )
+
+
+def scalar_rows(function, name, wanted, values):
+    return rows_of(
+        function,
+        name,
+        ("none", None, TypeError, "must be a number", "got None"),
+        ("bool", True, TypeError, "must be a number", "got True"),
+        ("text", "some", TypeError, "must be a number", "got 'some'"),
+        ("complex", 0.5j, TypeError, "must be a number", "got .*complex"),
+        ("int-array", jnp.int32(1), TypeError, "must be a number or a floating-point scalar", "got .*int32"),
+        ("float8-array", jnp.ones((), jnp.float8_e4m3fn), TypeError, "must be a number", "got .*float8_e4m3fn"),
+        ("vector", floats(1), ValueError, "must be a number or a scalar", r"got shape \(1,\)"),
+        *((str(v), v, ValueError, wanted, f"got {v}") for v in values),
+    )
+
+
+def cross_entropy_only_rows():
+    function = "cross_entropy"
+    positive = "must be positive and finite"
+    number = "must be None or a Python number"
+    return (
+        scalar_rows(function, "label_smoothing", r"must be in \[0, 1\]", (-0.1, 1.5, 2, float("nan"), float("inf")))
+        + scalar_rows(function, "z_loss_weight", "must be finite and at least 0", (-1e-4, float("nan"), float("inf")))
+        + rows_of(
+            function,
+            "logit_softcap",
+            ("bool", True, TypeError, number, "got True"),
+            ("text", "gemma", TypeError, number, "got 'gemma'"),
+            ("complex", 1j, TypeError, number, "got 1j"),
+            ("array", jnp.float32(30), TypeError, number, "got ", "static"),
+            *((str(v), v, ValueError, positive, f"got {v}", "None") for v in (0, -30.0, float("nan"), float("inf"))),
+        )
+        + flag_rows(function, "return_stats")
+    )
+
+
+def next_token_rows():
+    function = "next_token_labels"
+    fits = "does not fit into tokens of dtype"
+    unsigned = {"tokens": jnp.ones(N, jnp.uint8)}
+    return (
+        rows_of(
+            function,
+            "tokens",
+            ("float", floats(N), TypeError, "must be integers", "got float32"),
+            ("bool", jnp.ones(N, bool), TypeError, "must be integers", "got bool"),
+            ("none", None, TypeError, "must be an array", "got None"),
+            ("text", "abc", TypeError, "must be an array", "got 'abc'"),
+            ("scalar", ints(), ValueError, "need a sequence axis", "got a scalar"),
+        )
+        + rows_of(
+            function,
+            "ignore_index",
+            ("float", 0.0, TypeError, "must be a Python integer", "got 0.0"),
+            ("none", None, TypeError, "must be a Python integer", "got None"),
+            ("bool", False, TypeError, "must be a Python integer", "got False"),
+            ("array", jnp.int32(0), TypeError, "must be a Python integer", "got ", "static"),
+        )
+        + rows_of(
+            function,
+            "ignore_index",
+            ("negative-in-uint8", -1, ValueError, "ignore_index=-1", f"{fits} uint8", "astype"),
+            ("256-in-uint8", 256, ValueError, "ignore_index=256", f"{fits} uint8", "astype"),
+            **unsigned,
+        )
+        + rows_of(function, "ignore_index", ("40-bits", 2**40, ValueError, f"ignore_index={2**40}", f"{fits} int32"))
+        + [Row(function, "ignore_index", "default-in-uint8", unsigned, ValueError, ("-100", f"{fits} uint8", "astype"))]
+    )
+
+
+ROWS = [row for function in SOFTMAXES for row in softmax_rows(function)]
+ROWS += [row for function, name in LOSSES.items() for row in loss_rows(function, name)]
+ROWS += cross_entropy_only_rows() + next_token_rows()
+
+
+def rows(**keywords):
+    return pytest.mark.parametrize("row", ROWS, ids=["-".join(row[:3]) for row in ROWS], **keywords)
+
+
+def pattern(row):
+    return rf"(?s)^{row.function}: .*\b{row.argument}\b|^{row.function}: .*\b{row.argument}\b"
+
+
+def assert_says(row, message):
+    """The message opens with the function, names the argument, and then says everything that the row lists."""
+    assert message.startswith(f"{row.function}: ")
+    assert re.search(rf"\b{row.argument}\b", message)
+    assert re.search(".*".join(row.says), message, re.DOTALL), message
+
+
+def split(row):
+    """The call's arguments, JAX arrays apart from everything else; arrays within a tuple count as something else."""
+    arguments = good(row.function) | row.arguments
+    arrays = {k: v for k, v in arguments.items() if isinstance(v, jax.Array)}
+    return arrays, {k: v for k, v in arguments.items() if k not in arrays}
+
+
+def batched(arrays):
+    return jax.tree.map(lambda a: jnp.broadcast_to(a, (2, *a.shape)), arrays)
+
+
+TRANSFORMED = {
+    "eager": lambda call, arrays: call(arrays),
+    "jit": lambda call, arrays: jax.jit(call)(arrays),
+    "vmap": lambda call, arrays: jax.vmap(call, axis_size=2)(batched(arrays)),
+    "eval_shape": lambda call, arrays: jax.eval_shape(call, arrays),
+}
+
+
+@pytest.mark.parametrize("how", TRANSFORMED)
+@rows()
+def test_raises(row, how):
+    arrays, others = split(row)
+    call = partial(getattr(jxent, row.function), **others)
+    with pytest.raises(row.error) as raised:
+        TRANSFORMED[how](lambda arrays: call(**arrays), arrays)
+    assert type(raised.value) is row.error
+    assert_says(row, str(raised.value))
+
+
+@pytest.mark.parametrize("function", [*SOFTMAXES, *LOSSES, "next_token_labels"])
+def test_good_call_raises_nothing(function):
+    """The rows change one argument of this call, so what they raise comes from that one."""
+    getattr(jxent, function)(**good(function))
+
+
+@pytest.mark.parametrize("function", [*SOFTMAXES, *LOSSES, "next_token_labels"])
+def test_options_are_keyword_only(function):
+    arrays = list(good(function).values())
+    extra = {"logsumexp": [1], "softmax": [1], "log_softmax": [1]}.get(function, [])
+    with pytest.raises(TypeError, match="positional argument"):
+        getattr(jxent, function)(*arrays, *extra, None)
+
+
+# --- good input that looks like bad input -----------------------------------------------------------------------------
+
+
+def test_array_likes_are_taken():
+    """NumPy arrays, lists and NumPy numbers are what the message of an array or a Python number may mean."""
+    expected = jxent.cross_entropy(jnp.asarray(LOGITS), jnp.asarray(LABELS), label_smoothing=0.25, axis=1)
+    assert jxent.cross_entropy(LOGITS.tolist(), LABELS.tolist(), label_smoothing=np.float32(0.25), axis=1) == expected
+    assert jxent.cross_entropy(LOGITS, LABELS, label_smoothing=np.array(0.25, np.float32), axis=np.int64(1)) == expected
+
+
+@pytest.mark.parametrize("smoothing", [0, 1, 0.0, 1.0])
+def test_ends_of_the_range_of_label_smoothing(smoothing):
+    assert np.isfinite(jxent.cross_entropy(LOGITS, LABELS, label_smoothing=smoothing))
+
+
+@pytest.mark.parametrize("function", LOSSES)
+def test_no_positions(function):
+    call = partial(getattr(jxent, function), LOGITS[:0], LABELS[:0])
+    assert np.isnan(call())
+    assert call(reduction="sum") == 0
+    assert call(reduction="none").shape == (0,)
+
+
+# --- labels out of range ----------------------------------------------------------------------------------------------
+
+BAD = 2  # the position of the bad label, whose good label is C - 1
+SIGNED = (-1, C, C + 7)
+BAD_LABELS = {
+    "int8": (*SIGNED, -128, 127),
+    "int16": SIGNED,
+    "int32": (*SIGNED, -(2**31), 2**31 - 1),
+    "int64": (*SIGNED, 2**32, 2**32 + 1, -(2**63), 2**63 - 1),  # the second and third are 0 and 1 in their low 32 bits
+    "uint8": (C, C + 7, 255),
+    "uint16": (C, C + 7),
+    "uint32": (C, C + 7, 2**32 - 1),
+}
+# An index out of range has the weight of a class at the edge, and it enters the mean's denominator: here that of the good
+# label, so that the other positions' gradients can be compared.
+CLASS_WEIGHT = np.array([0.5, 2.0, 1.0, 0.25, 3.0, 1.0, 0.5], np.float32)
+OPTIONS = {
+    "cross_entropy": {
+        "plain": {},
+        "smoothing": {"label_smoothing": 0.1},
+        "z_loss": {"z_loss_weight": 0.1},
+        "class_weight": {"class_weight": CLASS_WEIGHT},
+        "all": {"label_smoothing": 0.1, "z_loss_weight": 0.1, "class_weight": CLASS_WEIGHT, "logit_softcap": 3.0},
+        "stats": {"return_stats": True},
+        "traced": {"label_smoothing": jnp.float32(0.1), "z_loss_weight": jnp.float32(0.1)},
+        "sample_weight": {"sample_weight": np.linspace(0.5, 1.5, N, dtype=np.float32)},
+    },
+    "nll_loss": {
+        "plain": {},
+        "class_weight": {"class_weight": CLASS_WEIGHT},
+        "sample_weight": {"sample_weight": np.linspace(0.5, 1.5, N, dtype=np.float32)},
+    },
+}
+OPTION_SETS = [(function, name) for function, sets in OPTIONS.items() for name in sets]
+
+
+def with_label(label, dtype):
+    labels = LABELS.astype(dtype)
+    labels[BAD] = label
+    return jnp.asarray(labels)
+
+
+def loss_and_gradient(function, **options):
+    """A compiled function of (scores, labels): the loss, and the gradient of its sum with respect to the scores."""
+
+    def summed(scores, labels):
+        out = getattr(jxent, function)(scores, labels, **options)
+        loss = out[0] if options.get("return_stats") else out
+        return jnp.sum(loss), loss
+
+    @jax.jit
+    def run(scores, labels):
+        (_, loss), gradient = jax.value_and_grad(summed, has_aux=True)(scores, labels)
+        return loss, gradient
+
+    return run
+
+
+def assert_bad_row_alone(run, dtype, reduction):
+    """NaN in the bad position's loss and gradient row, and every other number as if its label were good.
+
+    The same program runs with both labels, so the numbers are the same to the last bit.
+    """
+    expected_loss, expected_gradient = run(LOGITS, with_label(C - 1, dtype))
+    assert np.isfinite(expected_loss).all()
+    assert np.isfinite(expected_gradient).all()
+    assert np.any(expected_gradient[BAD] != 0)
+    others = np.arange(N) != BAD
+    for label in BAD_LABELS[dtype]:
+        loss, gradient = run(LOGITS, with_label(label, dtype))
+        if reduction == "none":
+            assert np.isnan(loss[BAD]), label
+            np.testing.assert_array_equal(loss[others], expected_loss[others])
+        else:
+            assert np.isnan(loss), label
+        assert np.isnan(gradient[BAD]).all(), (label, gradient[BAD])
+        np.testing.assert_array_equal(gradient[others], expected_gradient[others])
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize(("function", "options"), OPTION_SETS)
+def test_label_out_of_range_is_nan_in_its_row_alone(function, options, reduction):
+    run = loss_and_gradient(function, reduction=reduction, **OPTIONS[function][options])
+    assert_bad_row_alone(run, "int32", reduction)
+
+
+@pytest.mark.parametrize("dtype", [d for d in BAD_LABELS if d not in ("int32", "int64")])
+@pytest.mark.parametrize("function", LOSSES)
+def test_label_out_of_range_in_each_dtype(function, dtype):
+    assert_bad_row_alone(loss_and_gradient(function, reduction="none"), dtype, "none")
+
+
+@pytest.mark.parametrize("function", LOSSES)
+def test_label_out_of_range_in_int64(function, x64):
+    assert_bad_row_alone(loss_and_gradient(function, reduction="none"), "int64", "none")
+
+
+@pytest.mark.parametrize("function", LOSSES)
+def test_label_out_of_range_beside_a_masked_class(function):
+    """The gradient row is NaN throughout, at a class of -inf too."""
+    scores = LOGITS.copy()
+    scores[BAD, 3] = -np.inf
+    run = loss_and_gradient(function, reduction="sum")
+    loss, gradient = run(scores, with_label(C, "int32"))
+    assert np.isnan(loss)
+    assert np.isnan(gradient[BAD]).all()
+    assert np.isfinite(np.delete(gradient, BAD, 0)).all()
+
+
+def test_label_out_of_range_in_stats():
+    """The label's log-probability is NaN, what other positions report is as ever, and the prediction needs no label."""
+    run = jax.jit(partial(jxent.cross_entropy, return_stats=True))
+    _, expected = run(LOGITS, with_label(C - 1, "int32"))
+    _, stats = run(LOGITS, with_label(C, "int32"))
+    assert np.isnan(stats.log_prob[BAD])
+    others = np.arange(N) != BAD
+    for name in ("log_prob", "log_normalizer", "entropy", "prediction"):
+        np.testing.assert_array_equal(getattr(stats, name)[others], getattr(expected, name)[others])
+    np.testing.assert_array_equal(stats.prediction, expected.prediction)
+    assert stats.weight == expected.weight == N
+
+
+@pytest.mark.parametrize("label", [-1, C, C + 7, 2**31 - 1, -(2**31)])
+@pytest.mark.parametrize(("function", "options"), OPTION_SETS)
+def test_excluded_positions_hold_any_label(function, options, label):
+    where = jnp.arange(N) != BAD
+    run = loss_and_gradient(function, where=where, **OPTIONS[function][options])
+    loss, gradient = run(LOGITS, with_label(label, "int32"))
+    expected_loss, expected_gradient = run(LOGITS, with_label(C - 1, "int32"))
+    assert np.isfinite(loss)
+    assert loss == expected_loss
+    assert not gradient[BAD].any()
+    np.testing.assert_array_equal(gradient, expected_gradient)
+
+
+@pytest.mark.parametrize("ignored", [-100, -1, C, C + 7])
+@pytest.mark.parametrize(("function", "options"), OPTION_SETS)
+def test_ignored_positions_hold_any_label(function, options, ignored):
+    """The ignored label may itself be out of range; the position counts no more than one that `where` excludes."""
+    run = loss_and_gradient(function, ignore_index=ignored, **OPTIONS[function][options])
+    loss, gradient = run(LOGITS, with_label(ignored, "int32"))
+    excluded = loss_and_gradient(function, where=jnp.arange(N) != BAD, **OPTIONS[function][options])
+    expected_loss, expected_gradient = excluded(LOGITS, with_label(C - 1, "int32"))
+    # Two programs, each of which may round a sum of N terms in its own order.
+    np.testing.assert_allclose(loss, expected_loss, rtol=N * np.finfo(np.float32).eps)
+    np.testing.assert_allclose(gradient, expected_gradient, rtol=0, atol=N * np.finfo(np.float32).eps)
+    assert not gradient[BAD].any()
+
+
+# --- checkify ---------------------------------------------------------------------------------------------------------
+
+
+def checked(call):
+    return checkify.checkify(call, errors=checkify.user_checks)
+
+
+def summed_loss(function, **options):
+    def loss(scores, labels):
+        out = getattr(jxent, function)(scores, labels, **options)
+        return jnp.sum(out[0] if options.get("return_stats") else out)
+
+    return loss
+
+
+def over_examples(call):
+    return jax.vmap(call, in_axes=(0, 0))
+
+
+def scanned(call):
+    """The sum over positions, one at a time."""
+    return lambda scores, labels: jax.lax.scan(lambda s, xs: (s + call(*xs), None), 0.0, (scores, labels))[0]
+
+
+CHECKED = {
+    "eager": checked,
+    "checkify-of-jit": lambda call: checked(jax.jit(call)),
+    "jit-of-checkify": lambda call: jax.jit(checked(call)),
+    "grad": lambda call: checked(jax.grad(call)),
+    "jit-of-grad": lambda call: jax.jit(checked(jax.value_and_grad(call))),
+    "vmap": lambda call: checked(over_examples(call)),
+    "vmap-of-grad": lambda call: checked(over_examples(jax.grad(call))),
+    "scan": lambda call: checked(scanned(call)),
+    "checkpoint": lambda call: checked(jax.grad(jax.checkpoint(call))),
+}
+
+
+def assert_names_label(error, function, label):
+    with pytest.raises(checkify.JaxRuntimeError, match=rf"^{function}: label {label} is out of range for {C} classes"):
+        error.throw()
+
+
+@pytest.mark.parametrize("how", CHECKED)
+@pytest.mark.parametrize("function", LOSSES)
+def test_checkify_names_the_label(function, how):
+    run = CHECKED[how](summed_loss(function))
+    for label in SIGNED:
+        error, _ = run(jnp.asarray(LOGITS), with_label(label, "int32"))
+        assert_names_label(error, function, label)
+    error, _ = run(jnp.asarray(LOGITS), with_label(C - 1, "int32"))
+    assert error.get() is None
+
+
+@pytest.mark.parametrize("dtype", [d for d in BAD_LABELS if d != "int64"])
+@pytest.mark.parametrize("function", LOSSES)
+def test_checkify_in_each_dtype(function, dtype):
+    run = jax.jit(checked(summed_loss(function)))
+    for label in BAD_LABELS[dtype]:
+        assert_names_label(run(LOGITS, with_label(label, dtype))[0], function, label)
+    assert run(LOGITS, with_label(0, dtype))[0].get() is None
+
+
+@pytest.mark.parametrize("function", LOSSES)
+def test_checkify_in_int64(function, x64):
+    run = jax.jit(checked(summed_loss(function)))
+    for label in BAD_LABELS["int64"]:
+        assert_names_label(run(LOGITS, with_label(label, "int64"))[0], function, label)
+
+
+@pytest.mark.parametrize(("function", "options"), OPTION_SETS)
+def test_checkify_with_each_option(function, options):
+    run = checked(summed_loss(function, **OPTIONS[function][options]))
+    assert_names_label(run(LOGITS, with_label(C, "int32"))[0], function, C)
+    assert run(LOGITS, with_label(C - 1, "int32"))[0].get() is None
+
+
+@pytest.mark.parametrize("function", LOSSES)
+def test_checkify_with_torch_layout(function):
+    """The number of classes is that of the class axis."""
+    run = checked(summed_loss(function, axis=0))
+    assert_names_label(run(LOGITS.T, with_label(C, "int32"))[0], function, C)
+    assert run(LOGITS.T, with_label(C - 1, "int32"))[0].get() is None
+
+
+@pytest.mark.parametrize("function", LOSSES)
+def test_checkify_leaves_excluded_labels_alone(function):
+    where = jnp.arange(N) != BAD
+    assert checked(summed_loss(function, where=where))(LOGITS, with_label(C, "int32"))[0].get() is None
+    assert checked(summed_loss(function))(LOGITS, with_label(-100, "int32"))[0].get() is None
+    assert checked(summed_loss(function, ignore_index=C))(LOGITS, with_label(C, "int32"))[0].get() is None
+    assert checked(summed_loss(function))(LOGITS[:0], LABELS[:0])[0].get() is None
+
+
+@pytest.mark.parametrize("function", LOSSES)
+def test_checkify_leaves_probabilities_alone(function):
+    assert checked(summed_loss(function))(LOGITS, PROBABILITIES)[0].get() is None
+
+
+@pytest.mark.parametrize("function", LOSSES)
+def test_without_checkify_the_check_costs_nothing(function):
+    """No effect, no callback, no output in the program: the loss alone."""
+    call = jax.jit(summed_loss(function))
+    traced = call.trace(LOGITS, with_label(C - 1, "int32"))
+    lowered = traced.lower()
+    assert "check" in str(traced.jaxpr)  # of the jaxpr it is a part,
+    text = lowered.as_text() + lowered.compile().as_text()
+    assert "out of range" not in text  # but not of the program.
+    assert "callback" not in text
+    assert jax.tree.structure(lowered.out_info).num_leaves == 1
+    assert not lowered.compile().runtime_executable().get_compiled_memory_stats().host_temp_size_in_bytes
+
+
+@pytest.mark.parametrize("function", LOSSES)
+def test_unchecked_calls_work_where_effects_do_not(function):
+    """A label out of range raises nothing under transformations that refuse effects; it is NaN."""
+    call = summed_loss(function)
+    labels = with_label(C, "int32")
+    assert np.isnan(scanned(call)(jnp.asarray(LOGITS), labels))
+    np.testing.assert_array_equal(np.isnan(over_examples(call)(LOGITS, labels)), np.arange(N) == BAD)
+    assert np.isnan(jax.grad(jax.checkpoint(call))(LOGITS, labels)[BAD]).all()
+    exported = jax.export.export(jax.jit(call))(LOGITS, labels)
+    assert np.isnan(jax.export.deserialize(exported.serialize()).call(LOGITS, labels))
+    assert np.isfinite(exported.call(LOGITS, with_label(0, "int32")))

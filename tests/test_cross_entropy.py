@@ -1,0 +1,294 @@
+"""`cross_entropy` and `nll_loss`: what their options mean, against the float64 oracle."""
+
+import itertools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+
+import jxent
+
+N, D, C = 4, 3, 5
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def data(kind, dtype=np.float64, seed=0):
+    """Logits (N, D, C), labels of a kind, and every weight; one label is ignored, one position masked."""
+    rng = np.random.default_rng(seed)
+    logits = (3 * rng.normal(size=(N, D, C))).astype(dtype)
+    if kind == "index":
+        labels = rng.integers(0, C, (N, D)).astype(np.int32)
+        labels[1, 2] = -100
+    else:
+        labels = rng.dirichlet(np.full(C, 0.4), (N, D)).astype(dtype)
+    where = np.ones((N, D), bool)
+    where[2, 0] = False
+    class_weight = rng.uniform(0.2, 2, C).astype(dtype)
+    sample_weight = rng.uniform(0, 2, (N, D)).astype(dtype)
+    return logits, labels, {"class_weight": class_weight, "sample_weight": sample_weight, "where": where}
+
+
+OPTIONS = {
+    "label_smoothing": 0.1,
+    "z_loss_weight": 0.05,
+    "logit_softcap": 4.0,
+    "class_weight": None,
+    "sample_weight": None,
+    "where": None,
+}
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("kind", ["index", "probabilities"])
+def test_every_set_of_options(kind):
+    logits, labels, weights = data(kind)
+    for chosen in itertools.chain.from_iterable(itertools.combinations(OPTIONS, r) for r in range(len(OPTIONS) + 1)):
+        options = {k: weights.get(k, OPTIONS[k]) for k in chosen}
+
+        def losses(logits, options=options):  # in one program, which compiles three times as fast
+            return [jxent.cross_entropy(logits, labels, reduction=r, **options) for r in REDUCTIONS]
+
+        want = [oracle.cross_entropy(logits, labels, reduction=r, **options) for r in REDUCTIONS]
+        chex.assert_trees_all_close(jax.jit(losses)(logits), want, rtol=1e-13, custom_message=str(chosen))
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("kind", ["index", "probabilities"])
+def test_nll_loss(kind, reduction):
+    logits, labels, weights = data(kind)
+    for options in ({}, {"class_weight": weights["class_weight"]}, weights):
+        got = jxent.nll_loss(jxent.log_softmax(logits), labels, reduction=reduction, **options)
+        want = oracle.cross_entropy(logits, labels, reduction=reduction, **options)
+        np.testing.assert_allclose(got, want, rtol=1e-13)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2, -1, -2, -3])
+@pytest.mark.parametrize("kind", ["index", "probabilities"])
+def test_axis(kind, axis):
+    logits, labels, weights = data(kind, np.float32)
+    moved = np.moveaxis(logits, -1, axis)
+    moved_labels = labels if kind == "index" else np.moveaxis(labels, -1, axis)
+    options = weights | {"label_smoothing": 0.1, "z_loss_weight": 0.1, "return_stats": True}
+
+    def loss(x, q, axis):
+        return jxent.cross_entropy(x, q, axis=axis, **options)
+
+    (value, stats), gradient = jax.value_and_grad(loss, has_aux=True)(moved, moved_labels, axis)
+    (want, want_stats), want_gradient = jax.value_and_grad(loss, has_aux=True)(logits, labels, -1)
+    # The same sums in another order.
+    chex.assert_trees_all_close((value, stats), (want, want_stats), rtol=1e-6)
+    chex.assert_trees_all_close(np.moveaxis(gradient, axis, -1), want_gradient, rtol=1e-5, atol=1e-8)
+
+
+def test_unbatched():
+    logits, labels, _ = data("index", np.float32)
+    value = jxent.cross_entropy(logits[0, 0], labels[0, 0])
+    np.testing.assert_allclose(value, oracle.cross_entropy(logits[0, 0], labels[0, 0]), rtol=1e-6)
+    chex.assert_shape(jxent.cross_entropy(logits[0, 0], labels[0, 0], reduction="none"), ())
+    chex.assert_shape(jxent.nll_loss(logits[0, 0], labels[0, 0], reduction="none"), ())
+
+
+@pytest.mark.parametrize("kind", ["index", "probabilities"])
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_excluded_positions_reach_nothing(reduction, poison, kind):
+    """Whatever the logits, the sample weight and the label hold where `where` is False."""
+    logits, labels, weights = data(kind, np.float32)
+    out = ~weights["where"]
+    options = {"label_smoothing": 0.1, "z_loss_weight": 0.1, "logit_softcap": 10.0, "reduction": reduction}
+
+    def evaluate(logits, labels, sample_weight):
+        def loss(logits, labels, class_weight, sample_weight):
+            arrays = {"class_weight": class_weight, "sample_weight": sample_weight, "where": weights["where"]}
+            value, stats = jxent.cross_entropy(logits, labels, **arrays, **options, return_stats=True)
+            return jnp.sum(value), (value, stats)
+
+        wrt = (0, 2, 3) if kind == "index" else (0, 1, 2, 3)
+        arguments = (logits, labels, weights["class_weight"], sample_weight)
+        return jax.value_and_grad(loss, wrt, has_aux=True)(*arguments)
+
+    clean = evaluate(logits, labels, weights["sample_weight"])
+    bad_labels = np.where(out, C + 7, labels) if kind == "index" else np.where(out[..., None], np.nan, labels)
+    bad_logits = np.where(out[..., None], poison, logits)
+    poisoned = evaluate(bad_logits, bad_labels, np.where(out, np.nan, weights["sample_weight"]))
+    chex.assert_tree_all_finite(clean)
+    chex.assert_trees_all_equal(clean, poisoned)
+    assert np.all(np.asarray(poisoned[1][0])[out] == 0)
+
+
+@pytest.mark.parametrize("ignore_index", [-100, -1, 2, 255])
+@pytest.mark.parametrize("dtype", [np.int8, np.int32, np.uint8, np.uint32])
+def test_ignore_index(dtype, ignore_index):
+    if not np.iinfo(dtype).min <= ignore_index <= np.iinfo(dtype).max:
+        labels = np.array([0, 2, 4, 1], dtype)  # no label can be it: nothing is ignored
+        keep = np.ones(4, bool)
+    else:
+        labels = np.array([0, ignore_index, 4, ignore_index], dtype)
+        keep = np.array([True, False, True, False])
+    logits = np.random.default_rng(0).normal(size=(4, C)).astype(np.float32)
+    logits[~keep] = np.nan
+    got, gradient = jax.value_and_grad(lambda x: jxent.cross_entropy(x, labels, ignore_index=ignore_index))(logits)
+    want = oracle.cross_entropy(logits[keep], labels[keep].astype(np.int64))
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+    assert np.all(gradient[~keep] == 0)
+    assert np.all(gradient[keep] != 0)
+
+
+@pytest.mark.parametrize("nothing", ["ignored", "masked", "no positions", "weight 0"])
+@pytest.mark.parametrize("function", [jxent.cross_entropy, jxent.nll_loss])
+def test_nothing_counts(function, nothing):
+    n = 0 if nothing == "no positions" else 3
+    logits = jnp.zeros((n, C))
+    labels = jnp.full((n,), -100 if nothing == "ignored" else 1)
+    class_weight = jnp.ones(C) if nothing != "weight 0" else jnp.zeros(C)
+    sample_weight = jnp.ones(n)
+    where = jnp.full((n,), nothing != "masked")
+
+    def loss(reduction, *weights):
+        return lambda x, cw, sw: function(
+            x, labels, class_weight=cw, sample_weight=sw, where=where, reduction=reduction
+        )
+
+    for reduction, value in (("mean", np.nan), ("sum", 0.0)):
+        got, gradients = jax.value_and_grad(loss(reduction), (0, 1, 2))(logits, class_weight, sample_weight)
+        np.testing.assert_equal(np.asarray(got), np.float32(value))
+        if nothing == "weight 0":
+            gradients = gradients[:1] if reduction == "sum" else gradients
+        for gradient in gradients:
+            assert np.all(np.asarray(gradient) == 0)
+    chex.assert_shape(loss("none")(logits, class_weight, sample_weight), (n,))
+
+
+@pytest.mark.parametrize("kind", ["index", "probabilities"])
+def test_stats(kind):
+    logits, labels, weights = data(kind, np.float32)
+    capped = oracle.softcap(logits, 4.0)
+    loss, stats = jxent.cross_entropy(
+        logits, labels, **weights, label_smoothing=0.1, logit_softcap=4.0, reduction="sum", return_stats=True
+    )
+    keep = weights["where"] & (labels != -100 if kind == "index" else True)
+    log_p = oracle.log_softmax(capped)
+    q = oracle.one_hot(labels, C) if kind == "index" else labels
+    for got, want in (
+        (stats.log_prob, (q * log_p).sum(-1)),
+        (stats.log_normalizer, oracle.logsumexp(capped)),
+        (stats.entropy, -(np.exp(log_p) * log_p).sum(-1)),
+    ):
+        chex.assert_type(got, jnp.float32)
+        np.testing.assert_allclose(got, np.where(keep, want, 0), rtol=1e-5, atol=1e-7)
+    np.testing.assert_array_equal(stats.prediction, np.where(keep, logits.argmax(-1), -1))
+    chex.assert_type(stats.prediction, jnp.int32)
+    _, weight = oracle.position_losses(logits, labels, **weights)
+    np.testing.assert_allclose(stats.weight, weight.sum(), rtol=1e-6)
+    mean = jxent.cross_entropy(logits, labels, **weights, label_smoothing=0.1, logit_softcap=4.0)
+    np.testing.assert_allclose(loss / stats.weight, mean, rtol=1e-6)
+
+
+@pytest.mark.parametrize("ignore_index", [-1, 0, -100])
+def test_an_ignored_position_is_never_a_hit(ignore_index):
+    labels = jnp.array([ignore_index, 2, ignore_index])
+    logits = jnp.array([[9.0, 0, 0], [0, 0, 9], [0, 9, 0]])
+    _, stats = jxent.cross_entropy(logits, labels, ignore_index=ignore_index, return_stats=True)
+    assert jnp.sum(stats.prediction == labels) / stats.weight == 1
+
+
+def test_stats_of_a_confident_wrong_row():
+    """Entropy and log-normalizer do not depend on which class the label is."""
+    logits = jnp.array([[0.0, -20.0, -30.0]])
+    stats = [jxent.cross_entropy(logits, jnp.array([t]), return_stats=True)[1] for t in range(3)]
+    log_p = oracle.log_softmax(logits)[0]
+    for t in range(3):
+        np.testing.assert_allclose(stats[t].entropy[0], -(np.exp(log_p) * log_p).sum(), rtol=2e-6)
+        np.testing.assert_allclose(stats[t].log_normalizer[0], np.logaddexp.reduce(logits[0].astype(float)), rtol=1e-6)
+        np.testing.assert_allclose(stats[t].log_prob[0], log_p[t], rtol=2e-6)
+
+
+def test_stats_carry_no_gradient():
+    logits, labels, _ = data("index", np.float32)
+
+    def statistic(x):
+        stats = jxent.cross_entropy(x, labels, return_stats=True)[1]
+        return jnp.sum(stats.entropy + stats.log_prob + stats.log_normalizer)
+
+    assert np.all(np.asarray(jax.grad(statistic)(logits)) == 0)
+
+
+@pytest.mark.parametrize("kind", ["index", "probabilities"])
+@pytest.mark.parametrize(
+    "options", [{}, {"label_smoothing": 0.1}, {"logit_softcap": 5.0}, {"z_loss_weight": 0.1}], ids=str
+)
+def test_a_masked_class_is_no_class(options, kind):
+    """A logit of -inf gives the loss and the gradients of the rows without that class."""
+    logits, labels, _ = data(kind, np.float32)
+    masked = np.insert(logits, 2, -np.inf, -1)
+    wider = np.where(labels >= 2, labels + 1, labels) if kind == "index" else np.insert(labels, 2, 0, -1)
+    loss = jax.value_and_grad(lambda x, t: jxent.cross_entropy(x, t, **options))
+    (value, gradient), (want, want_gradient) = loss(masked, wider), loss(logits, labels)
+    np.testing.assert_allclose(value, want, rtol=1e-6)
+    np.testing.assert_allclose(gradient, np.insert(want_gradient, 2, 0, -1), rtol=1e-5, atol=1e-8)
+
+
+def test_a_masked_label():
+    loss, gradient = jax.value_and_grad(lambda x: jxent.cross_entropy(x, jnp.array(0)))(jnp.array([-jnp.inf, 0.0, 0.0]))
+    assert loss == np.inf
+    np.testing.assert_array_equal(gradient, [-1.0, 0.5, 0.5])
+
+
+def test_nan_logits_are_not_hidden():
+    logits, labels = jnp.array([[0.0, jnp.nan], [0.0, 1.0]]), jnp.array([0, 0])
+    losses, vjp = jax.vjp(lambda x: jxent.cross_entropy(x, labels, reduction="none"), logits)
+    np.testing.assert_array_equal(np.isnan(losses), [True, False])
+    (gradient,) = vjp(jnp.ones(2))
+    assert np.isnan(gradient[0]).all()
+    assert np.isfinite(gradient[1]).all()
+
+
+@pytest.mark.parametrize("kind", ["index", "probabilities"])
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+def test_dtypes(dtype, kind):
+    """Losses in float32; each gradient in its own argument's dtype."""
+    logits, labels, weights = data(kind, np.float32)
+    logits = jnp.asarray(logits, dtype)
+    labels = jnp.asarray(labels) if kind == "index" else jnp.asarray(labels, dtype)
+    class_weight, sample_weight = (jnp.asarray(weights[k], jnp.bfloat16) for k in ("class_weight", "sample_weight"))
+
+    def loss(logits, class_weight, sample_weight):
+        return jxent.cross_entropy(
+            logits, labels, class_weight=class_weight, sample_weight=sample_weight, label_smoothing=0.1
+        )
+
+    value, gradients = jax.value_and_grad(loss, (0, 1, 2))(logits, class_weight, sample_weight)
+    chex.assert_type(value, jnp.float32)
+    chex.assert_type(gradients, [dtype, jnp.bfloat16, jnp.bfloat16])
+
+
+@pytest.mark.usefixtures("x64")
+def test_mixed_dtypes_promote():
+    logits, labels, weights = data("probabilities", np.float32)
+    chex.assert_type(jxent.cross_entropy(logits, labels.astype(np.float64)), jnp.float64)
+    chex.assert_type(jxent.cross_entropy(logits, labels, sample_weight=weights["sample_weight"] * 1.0), jnp.float32)
+    weight = weights["sample_weight"].astype(np.float64)
+    chex.assert_type(jxent.cross_entropy(logits, labels, sample_weight=weight), jnp.float64)
+
+
+def test_more_classes_than_float32_counts():
+    """Beyond 2**24 classes a float32 iota would leave out the label's neighbours too."""
+    classes = 2**24 + 8
+    label = classes - 3
+    logits = jnp.zeros(classes).at[label].set(20.0)
+    want = np.log1p((classes - 1) * np.exp(-20.0))
+    np.testing.assert_allclose(jxent.cross_entropy(logits, jnp.array(label)), want, rtol=1e-5)
+
+
+def test_next_token_labels():
+    tokens = jnp.array([[5, 6, 7], [1, 2, 3]])
+    np.testing.assert_array_equal(jxent.next_token_labels(tokens), [[6, 7, -100], [2, 3, -100]])
+    np.testing.assert_array_equal(jxent.next_token_labels(tokens[0], ignore_index=0), [6, 7, 0])
+    np.testing.assert_array_equal(jxent.next_token_labels(tokens[:, :1]), [[-100], [-100]])
+    chex.assert_type(jxent.next_token_labels(tokens.astype(jnp.int16)), jnp.int16)
+    logits = jnp.zeros((2, 3, 9))
+    assert jxent.cross_entropy(logits, jxent.next_token_labels(tokens), return_stats=True)[1].weight == 4

@@ -1,0 +1,175 @@
+"""Full relative precision of losses and gradients, at every margin and offset (design: "Exact").
+
+The bound is 5e-6 for float32: x - m rounds to half an ulp of at most 64, which is 1.9e-6 of exp(x - m), and log p
+rounds likewise once more. A gradient element below float32's normal range is not judged.
+"""
+
+import itertools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+
+import jxent
+
+BOUND = 5e-6
+SMALLEST = float(jnp.finfo(jnp.float32).tiny)
+MARGINS = (0.0, 1e-3, 1.0, 5.0, 10.0, 17.0, 20.0, 30.0, 40.0, 60.0)
+CLASSES = (2, 3, 10, 1000, 32000, 50257)
+OFFSETS = (-300.0, -10.0, 0.0, 50.0, 1e3, 1e4)
+
+
+def rows(classes, offset, dtype=np.float32):
+    """Rows of every margin, labelled with the largest class and with another, as the dtype holds them."""
+    rng = np.random.default_rng(classes)
+    logits, labels = [], []
+    for margin, right in itertools.product(MARGINS, (True, False)):
+        row = 0.5 * rng.normal(size=classes)
+        top = rng.integers(classes)
+        row[top] = row.max() + margin
+        logits.append(row + offset)
+        labels.append(top if right else (top + 1) % classes)
+    return np.asarray(jnp.asarray(np.stack(logits), dtype)), np.asarray(labels, np.int32)
+
+
+def worst(got, want):
+    """Largest relative error of the elements that float32 can hold as normal numbers."""
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    judged = np.abs(want) >= SMALLEST
+    assert judged.any()
+    return np.max(np.abs(got - want)[judged] / np.abs(want)[judged])
+
+
+@jax.jit
+def losses_and_gradients(logits, labels, one_hot):
+    def pull(loss):
+        values, vjp = jax.vjp(loss, logits)
+        return values, vjp(jnp.ones_like(values))[0]
+
+    return {
+        "index labels": pull(lambda x: jxent.cross_entropy(x, labels, reduction="none")),
+        "index labels, with stats": pull(
+            lambda x: jxent.cross_entropy(x, labels, reduction="none", return_stats=True)[0]
+        ),
+        "one-hot labels": pull(lambda x: jxent.cross_entropy(x, one_hot, reduction="none")),
+        "log_softmax, nll_loss": pull(lambda x: jxent.nll_loss(jxent.log_softmax(x), labels, reduction="none")),
+    }
+
+
+@pytest.mark.parametrize("offset", OFFSETS)
+@pytest.mark.parametrize("classes", CLASSES)
+def test_float32(classes, offset):
+    logits, labels = rows(classes, offset)
+    log_p = oracle.log_softmax(logits)
+    loss = -np.take_along_axis(log_p, labels[:, None], -1)[:, 0]
+    one_hot = oracle.one_hot(labels, classes).astype(np.float32)
+    for name, (value, gradient) in losses_and_gradients(logits, labels, one_hot).items():
+        assert worst(value, loss) < BOUND, name
+        assert worst(gradient, oracle.logit_gradient(logits, labels)) < BOUND, name
+    assert worst(jxent.log_softmax(logits), log_p) < BOUND
+    assert worst(jxent.softmax(logits), np.exp(log_p)) < BOUND
+    chex.assert_trees_all_close(jxent.logsumexp(logits), oracle.logsumexp(logits).astype(np.float32), rtol=BOUND)
+
+
+@pytest.mark.parametrize("classes", [3, 1000, 50257])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_logits(dtype, classes):
+    """The loss is that of the logits upcast, in float32; the gradient is rounded once, to the logits' dtype."""
+    logits, labels = rows(classes, 0.0, dtype)
+    chex.assert_type(jxent.cross_entropy(logits, labels), jnp.float32)
+    upcast = logits.astype(np.float64)
+    loss = -np.take_along_axis(oracle.log_softmax(upcast), labels[:, None], -1)[:, 0]
+    value, vjp = jax.vjp(lambda x: jxent.cross_entropy(x, labels, reduction="none"), jnp.asarray(logits))
+    assert worst(value, loss) < BOUND
+    (gradient,) = vjp(jnp.ones_like(value))
+    chex.assert_type(gradient, dtype)
+    want = oracle.logit_gradient(upcast, labels)
+    half_ulp = float(jnp.finfo(dtype).eps) / 2 + BOUND
+    normal = np.abs(want) >= float(jnp.finfo(dtype).tiny)
+    error = np.abs(np.asarray(gradient, np.float64) - want)
+    assert np.all(error[normal] <= half_ulp * np.abs(want)[normal])
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, -7.5, 1e4, 1e8])
+def test_equal_logits(value):
+    assert jxent.cross_entropy(jnp.array([[value, value]]), jnp.array([1])) == np.float32(np.log(2))
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("classes", [2, 1000])
+def test_float64(classes):
+    logits, labels = rows(classes, 0.0, np.float64)
+    value, vjp = jax.vjp(lambda x: jxent.cross_entropy(x, labels, reduction="none"), jnp.asarray(logits))
+    chex.assert_type(value, jnp.float64)
+    loss = -np.take_along_axis(oracle.log_softmax(logits), labels[:, None], -1)[:, 0]
+    # Half an ulp of 64 in float64 is 3.6e-15; as above, with the oracle's own rounding.
+    assert worst(value, loss) < 2e-14
+    assert worst(vjp(jnp.ones_like(value))[0], oracle.logit_gradient(logits, labels)) < 2e-14
+
+
+@pytest.mark.parametrize("classes", [3, 1000])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"label_smoothing": 0.1},
+        {"z_loss_weight": 1e-3},
+        {"label_smoothing": 0.1, "z_loss_weight": 1e-3},
+        {"label_smoothing": 0.1, "class_weight": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", ["index", "probabilities"])
+def test_sums_of_positive_terms(kind, options, classes):
+    """Smoothing, z-loss and soft labels add terms that are all >= 0: the sum is as exact as log p."""
+    logits, labels = rows(classes, 0.0)
+    rng = np.random.default_rng(0)
+    if options.get("class_weight"):
+        options = options | {"class_weight": rng.uniform(0.5, 2, classes).astype(np.float32)}
+    if kind == "probabilities":
+        labels = rng.dirichlet(np.full(classes, 0.3), len(labels)).astype(np.float32)
+    want = oracle.cross_entropy(logits, labels, reduction="none", **options)
+    assert worst(jxent.cross_entropy(logits, labels, reduction="none", **options), want) < BOUND
+
+
+@pytest.mark.parametrize("margin", [5.0, 20.0, 40.0])
+def test_softcap(margin):
+    """Rounding the capped logits, half an ulp of the cap, is the only loss."""
+    logits, labels = rows(1000, 0.0)
+    logits = logits + margin * (np.arange(1000) == 0).astype(np.float32)
+    want = oracle.cross_entropy(logits, labels, reduction="none", logit_softcap=30.0)
+    # tanh rounds within 3e-7, times a cap of 30, twice.
+    assert worst(jxent.cross_entropy(logits, labels, reduction="none", logit_softcap=30.0), want) < 2 * 30 * 3e-7
+    x = jnp.array([25.0, 300.0, 1000.0])  # where 1 - tanh**2 has no digit left
+    slope = jax.grad(lambda x: jxent.cross_entropy(x, jnp.array(0), logit_softcap=30.0))(x)
+    assert slope[1] > 0
+    u = np.asarray(x[1:], np.float64) / 30
+    ratio = np.cosh(u[0]) ** 2 / np.cosh(u[1]) ** 2
+    np.testing.assert_allclose(slope[2] / slope[1], ratio, rtol=1e-4)  # exp(-2 u) rounds u = 33 to 2e-6, doubled
+
+
+def test_near_one_hot_labels():
+    """The gradient of a confident row under nearly one-hot labels, where p * sum(q) - q cancels."""
+    logits = np.array([[25.0, 0.0, -1.0]], np.float32)
+    labels = np.array([[1.0, 1e-9, 2e-9]], np.float32)
+    log_p, q = oracle.log_softmax(logits), labels.astype(np.float64)
+    want = np.exp(log_p) * q.sum() - q
+    want[0, 0] = q[0, 1:].sum() + q.sum() * np.expm1(log_p[0, 0])
+    got = jax.grad(lambda x: jxent.cross_entropy(x, labels, reduction="sum"))(logits)
+    assert worst(got, want) < BOUND
+
+
+def test_softmax_gradient_of_a_confident_row():
+    logits, cotangent = np.array([20.0, 0.0, 1.0], np.float32), np.array([3.0, 1.0, -2.0], np.float32)
+    p = np.exp(oracle.log_softmax(logits))
+    g = cotangent.astype(np.float64) - cotangent[0]
+    want = p * (g - (p * g).sum())
+    _, vjp = jax.vjp(jxent.softmax, jnp.asarray(logits))
+    assert worst(vjp(jnp.asarray(cotangent))[0], want) < BOUND
+    _, vjp = jax.vjp(jxent.log_softmax, jnp.asarray(logits))
+    total = cotangent.astype(np.float64).sum()
+    want = cotangent - p * total
+    want[0] = -cotangent[1:].astype(np.float64).sum() - np.expm1(oracle.log_softmax(logits)[0]) * total
+    assert worst(vjp(jnp.asarray(cotangent))[0], want) < BOUND

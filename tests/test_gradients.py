@@ -1,0 +1,128 @@
+"""Every floating argument has its true gradient: against autodiff of the formula written plainly, in float64."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jxent
+
+N, D, C = 4, 2, 5
+pytestmark = pytest.mark.usefixtures("x64")
+
+
+def plain(logits, labels, class_weight, sample_weight, label_smoothing, z_loss_weight, *, where, softcap, reduction):
+    """The definition, without a thought to rounding, for autodiff to differentiate."""
+    if softcap is not None:
+        logits = softcap * jnp.tanh(logits / softcap)
+    log_z = jax.scipy.special.logsumexp(logits, -1, keepdims=True)
+    log_p = logits - log_z
+    if jnp.issubdtype(labels.dtype, jnp.integer):
+        keep = where & (labels != -100)
+        safe = jnp.where(keep, labels, 0)
+        q, weight = jax.nn.one_hot(safe, C, dtype=log_p.dtype), class_weight[safe]
+    else:
+        keep, q, weight = where, labels, jnp.ones(where.shape)
+    target = (1 - label_smoothing) * q + label_smoothing / C
+    loss = -(target * class_weight * log_p).sum(-1) + z_loss_weight * log_z[..., 0] ** 2
+    loss = jnp.where(keep, sample_weight * loss, 0)
+    if reduction == "none":
+        return loss
+    total = loss.sum()
+    return total / jnp.where(keep, sample_weight * weight, 0).sum() if reduction == "mean" else total
+
+
+def arguments(kind):
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, C, (N, D)) if kind == "index" else rng.dirichlet(np.ones(C), (N, D)) * 1.3
+    if kind == "index":
+        labels[0, 1] = -100
+    where = rng.uniform(size=(N, D)) < 0.8
+    arrays = [
+        3 * rng.normal(size=(N, D, C)),
+        labels,
+        rng.uniform(0.2, 2, C),
+        rng.uniform(0.2, 2, (N, D)),
+        np.array(0.15),
+        np.array(0.02),
+    ]
+    return [jnp.asarray(a) for a in arrays], jnp.asarray(where), jnp.asarray(rng.normal(size=(N, D)))
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("kind", ["index", "probabilities"])
+def test_cross_entropy(kind, reduction, softcap):
+    args, where, cotangent = arguments(kind)
+    wrt = [i for i in range(6) if not (i == 1 and kind == "index")]
+
+    def ours(*args):
+        names = ("class_weight", "sample_weight", "label_smoothing", "z_loss_weight")
+        options = dict(zip(names, args[2:], strict=True))
+        return jxent.cross_entropy(*args[:2], **options, where=where, logit_softcap=softcap, reduction=reduction)
+
+    def theirs(*args):
+        return plain(*args, where=where, softcap=softcap, reduction=reduction)
+
+    def gradients(loss):
+        return jax.grad(lambda *args: jnp.sum(loss(*args) * (cotangent if reduction == "none" else 1)), wrt)(*args)
+
+    for i, got, want in zip(wrt, gradients(ours), gradients(theirs), strict=True):
+        # A sum of some 40 terms of size 1, in float64.
+        np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-14, err_msg=f"argument {i}")
+
+
+@pytest.mark.parametrize("kind", ["index", "probabilities"])
+def test_nll_loss(kind):
+    (logits, labels, class_weight, sample_weight, *_), where, _ = arguments(kind)
+    log_p = jax.nn.log_softmax(logits)
+    wrt = (0, 2, 3) if kind == "index" else (0, 1, 2, 3)
+
+    def ours(log_p, labels, class_weight, sample_weight):
+        return jxent.nll_loss(log_p, labels, class_weight=class_weight, sample_weight=sample_weight, where=where)
+
+    def theirs(log_p, labels, class_weight, sample_weight):
+        if kind == "index":
+            keep = where & (labels != -100)
+            safe = jnp.where(keep, labels, 0)
+            weight = class_weight[safe]
+            loss = -weight * jnp.take_along_axis(log_p, safe[..., None], -1)[..., 0]
+        else:
+            keep, weight, loss = where, 1.0, -(labels * class_weight * log_p).sum(-1)
+        weight = sample_weight * weight
+        return jnp.where(keep, sample_weight * loss, 0).sum() / jnp.where(keep, weight, 0).sum()
+
+    args = log_p, labels, class_weight, sample_weight
+    for got, want in zip(jax.grad(ours, wrt)(*args), jax.grad(theirs, wrt)(*args), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("axis", [-1, 0, (0, 2), None])
+@pytest.mark.parametrize("name", ["logsumexp", "softmax", "log_softmax"])
+def test_softmax_family(name, axis):
+    rng = np.random.default_rng(1)
+    logits = jnp.asarray(4 * rng.normal(size=(3, 4, 5)))
+    ours = getattr(jxent, name)
+    theirs = jax.scipy.special.logsumexp if name == "logsumexp" else getattr(jax.nn, name)
+    if axis is None and name != "logsumexp":
+        theirs_, theirs = theirs, lambda x, axis: theirs_(x, tuple(range(x.ndim)))
+    value, pull = jax.vjp(lambda x: ours(x, axis), logits)
+    want, pull_want = jax.vjp(lambda x: theirs(x, axis), logits)
+    np.testing.assert_allclose(value, want, rtol=1e-13, atol=1e-15)
+    cotangent = jnp.asarray(rng.normal(size=value.shape))
+    np.testing.assert_allclose(pull(cotangent)[0], pull_want(cotangent)[0], rtol=1e-11, atol=1e-14)
+
+
+@pytest.mark.parametrize("kind", ["index", "probabilities"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_broadcast_sample_weight(kind, reduction):
+    """The gradient of a broadcast weight has the weight's shape."""
+    (logits, labels, *_), _, _ = arguments(kind)
+    for shape in itertools.product((1, N), (1, D)):
+        weight = jnp.full(shape, 0.7)
+        gradient = jax.grad(lambda w: jxent.cross_entropy(logits, labels, sample_weight=w, reduction=reduction))
+        full = gradient(jnp.broadcast_to(weight, (N, D)))
+        axes = tuple(a for a in range(2) if shape[a] == 1)
+        np.testing.assert_allclose(gradient(weight), full.sum(axes, keepdims=True), rtol=1e-12, atol=1e-14)
