@@ -8,6 +8,7 @@ import math
 import numbers
 import operator
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -44,7 +45,11 @@ def integer(function, name, value):
 
 
 def _shown(value):
-    return f"{value!r:.80} ({type(value).__name__})"
+    """What came in place of a Python value, and the remedy if it is an array, which may be a traced one."""
+    shown = f"{value!r:.80} ({type(value).__name__})"
+    if isinstance(value, jax.Array):
+        return f"{shown}; it is static: pass a Python value, and mark it with static_argnames where you jit"
+    return shown
 
 
 def class_axes(function, logits, axis):
@@ -173,7 +178,7 @@ def ignored_class(function, ignore_index, labels):
 
 def reduction(function, value):
     if not isinstance(value, str):
-        raise TypeError(f"{function}: reduction must be a string, one of {REDUCTIONS}, got {value!r}")
+        raise TypeError(f"{function}: reduction must be a string, one of {REDUCTIONS}, got {_shown(value)}")
     if value not in REDUCTIONS:
         raise ValueError(f"{function}: reduction must be one of {REDUCTIONS}, got {value!r}")
     return value
@@ -187,30 +192,26 @@ def flag(function, name, value):
 
 def scalar(function, name, value, low, high):
     """A Python number in [low, high] (static), or a floating-point scalar array (traced, its value unchecked)."""
-    if isinstance(value, bool):
-        raise TypeError(f"{function}: {name} must be a number, got {value!r}")
-    if isinstance(value, numbers.Real):
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
         value = float(value)
         if not low <= value <= high or math.isinf(value):
             wanted = f"in [{low}, {high}]" if high < math.inf else f"finite and at least {low}"
             raise ValueError(f"{function}: {name} must be {wanted}, got {value}")
         return value
-    value = array(function, name, value)
-    if not jnp.issubdtype(value.dtype, jnp.floating):
+    if not isinstance(value, jax.Array | np.ndarray):
+        raise TypeError(f"{function}: {name} must be a number or a floating-point scalar, got {_shown(value)}")
+    if value.dtype not in FLOATING:
         raise TypeError(f"{function}: {name} must be a number or a floating-point scalar, got dtype {value.dtype}")
     if value.shape != ():
         raise ValueError(f"{function}: {name} must be a number or a scalar, got shape {value.shape}")
-    return value
+    return jnp.asarray(value)
 
 
 def softcap(function, value):
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(
-            f"{function}: logit_softcap must be None or a Python number, got {_shown(value)}; "
-            "it is static: mark it with static_argnames where you jit"
-        )
+        raise TypeError(f"{function}: logit_softcap must be None or a Python number, got {_shown(value)}")
     value = float(value)
     if not 0 < value < math.inf:
         raise ValueError(f"{function}: logit_softcap must be positive and finite, got {value}; None switches it off")

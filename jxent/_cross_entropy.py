@@ -90,10 +90,10 @@ def cross_entropy(
       >>> logits = jnp.array([[2.0, 0.5, -1.0], [0.1, 0.2, 3.0]])
       >>> labels = jnp.array([0, 2])
       >>> print(f"{jxent.cross_entropy(logits, labels):.4f}")
-      0.1776
+      0.1755
       >>> loss, stats = jxent.cross_entropy(logits, labels, label_smoothing=0.1, return_stats=True)
       >>> print(f"{loss:.4f}", stats.prediction)
-      0.3376 [0 2]
+      0.3455 [0 2]
 
     References:
       Softmax collapse: Prieto et al., Grokking at the Edge of Numerical Stability, https://arxiv.org/abs/2501.04697.

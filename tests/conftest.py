@@ -7,6 +7,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # before anything imports JAX
 import jax
 import pytest
 
+collect_ignore = ["fixtures/export_torch.py"]  # a script for where PyTorch is installed; doctests would import it
+
 
 @pytest.fixture
 def x64():
