@@ -56,6 +56,8 @@ def class_axes(function, logits, axis):
     """The class axes of the softmax functions, a sorted tuple counted from the front; None means all of them."""
     if axis is None:
         return tuple(range(logits.ndim))
+    if logits.ndim == 0 and axis != ():
+        raise ValueError(f"{function}: axis={axis} has no axis to name in scalar logits; pass axis=None")
     axes = []
     for a in axis if isinstance(axis, tuple | list) else (axis,):
         a = integer(function, "axis", a)
@@ -87,6 +89,13 @@ def class_axis(function, name, value, axis):
 
 def class_labels(function, name, logits, labels, axis):
     """Class indices (any integer dtype, at least 32 bits on return) or class probabilities, by dtype and shape."""
+    if (
+        isinstance(labels, np.ndarray)
+        and labels.dtype.kind in "iu"
+        and jax.dtypes.canonicalize_dtype(labels.dtype) != labels.dtype
+    ):
+        # Of 64 bits JAX would keep the low 32 alone, and take a label of 2**32 for 0.
+        labels = np.clip(labels, -(2**31), 2**31 - 1).astype(np.int32)
     labels = array(function, "labels", labels)
     shape = logits.shape[:axis] + logits.shape[axis + 1 :]
     if jnp.issubdtype(labels.dtype, jnp.integer):
@@ -99,7 +108,7 @@ def class_labels(function, name, logits, labels, axis):
     if labels.dtype not in FLOATING:
         raise TypeError(
             f"{function}: labels must be integers (class indices) or floating point (class probabilities), got "
-            f"{labels.dtype}; convert it with .astype(jnp.int32) or .astype(jnp.float32)"
+            f"{labels.dtype}; convert them with .astype(jnp.int32) or .astype(jnp.float32)"
         )
     if labels.shape != logits.shape:
         remedy = "; if they are class indices, convert them with .astype(jnp.int32)" if labels.shape == shape else ""
@@ -134,18 +143,13 @@ def broadcastable(function, name, value, shape, what):
     return value
 
 
-def mask(function, value, shape, what):
+def mask(function, value, shape, what, remedy):
     """`where`: boolean, broadcastable to `shape`."""
     if value is None:
         return None
     value = array(function, "where", value)
     if value.dtype != jnp.bool_:
-        raise TypeError(
-            f"{function}: where must be boolean, got {value.dtype}; compare it (mask != 0), or pass weights as "
-            "sample_weight"
-            if "positions" in what
-            else f"{function}: where must be boolean, got {value.dtype}; compare it (mask != 0)"
-        )
+        raise TypeError(f"{function}: where must be boolean, got {value.dtype}; {remedy}")
     return broadcastable(function, "where", value, shape, what)
 
 
@@ -163,7 +167,11 @@ def weights(function, class_weight, sample_weight, where, logits, axis):
     )
     what = "the positions (the shape of the labels)"
     broadcastable(function, "sample_weight", sample_weight, shape, what)
-    return class_weight, sample_weight, mask(function, where, shape, what)
+    return (
+        class_weight,
+        sample_weight,
+        mask(function, where, shape, what, "compare it (mask != 0), or pass weights as sample_weight"),
+    )
 
 
 def ignored_class(function, ignore_index, labels):
@@ -192,6 +200,8 @@ def flag(function, name, value):
 
 def scalar(function, name, value, low, high):
     """A Python number in [low, high] (static), or a floating-point scalar array (traced, its value unchecked)."""
+    if isinstance(value, np.ndarray) and value.shape == ():
+        value = value.item()
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
         value = float(value)
         if not low <= value <= high or math.isinf(value):
@@ -201,7 +211,10 @@ def scalar(function, name, value, low, high):
     if not isinstance(value, jax.Array | np.ndarray):
         raise TypeError(f"{function}: {name} must be a number or a floating-point scalar, got {_shown(value)}")
     if value.dtype not in FLOATING:
-        raise TypeError(f"{function}: {name} must be a number or a floating-point scalar, got dtype {value.dtype}")
+        raise TypeError(
+            f"{function}: {name} must be a number or a floating-point scalar, got dtype {value.dtype}; convert "
+            "it with .astype(jnp.float32)"
+        )
     if value.shape != ():
         raise ValueError(f"{function}: {name} must be a number or a scalar, got shape {value.shape}")
     return jnp.asarray(value)
@@ -213,6 +226,9 @@ def softcap(function, value):
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{function}: logit_softcap must be None or a Python number, got {_shown(value)}")
     value = float(value)
-    if not 0 < value < math.inf:
-        raise ValueError(f"{function}: logit_softcap must be positive and finite, got {value}; None switches it off")
+    float32 = np.finfo(np.float32)
+    if not float32.tiny <= value <= float32.max:
+        raise ValueError(
+            f"{function}: logit_softcap must be positive and finite in float32, got {value}; None switches it off"
+        )
     return value

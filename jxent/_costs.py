@@ -8,7 +8,8 @@ coefficients (weights, smoothing, the z-loss, the mean's denominator) are plain 
     log_normalizer   m + log_z, for the z-loss
 
 Every term of these sums is >= 0, so each is as exact as log p. Memory: nothing of the size of the logits in the forward
-pass, the gradients alone in the backward pass. Arithmetic in at least float32.
+pass; in the backward pass their gradient alone, while gradients of class weights and of probability labels may write as
+many arrays of that size again. Arithmetic in at least float32.
 """
 
 from functools import partial
@@ -23,12 +24,12 @@ from jxent._reduce import only
 from jxent._rows import (
     again,
     below_max,
+    centered,
     class_sum,
     compute_dtype,
     normalizer,
     pick,
     product,
-    read,
     unmasked,
 )
 
@@ -59,8 +60,7 @@ class Residuals(NamedTuple):
     labels: Array
     class_weight: Array | None
     keep: Array | None
-    top: Array  # this and the rest: row arrays
-    m: Array
+    top: Array  # this and the rest are row arrays
     log_z: Array
     label_cost: Array
     present: Array | None  # how many classes are not masked
@@ -87,81 +87,96 @@ def _costs_fwd(form, logits, labels, class_weight, keep):
     weight = along(class_weight, logits.ndim, form.axis, dtype)
     classes = logits.shape[form.axis]
 
+    # Without the label's class the sum takes one pass less, and the loss is as exact, though log_z alone is not.
     index = clipped(labels, classes, form.axis) if by_index(labels) else None
-    top, m, log_z, log_normalizer = normalizer(logits, None if form.stats else index, axis, cap, dtype)
+    left_out = index if isinstance(classes, int) and classes <= 2**24 else None  # float32 counts no further
+    if form.uniform or form.log_normalizer or form.stats:
+        left_out = None
+    top, log_z, log_normalizer = normalizer(logits, left_out, axis, cap, dtype)
     if by_index(labels):
         log_z = jnp.where(out_of_range(jnp.expand_dims(labels, form.axis), classes), jnp.nan, log_z)
-        label_cost = log_z - (read(pick(logits, index, form.axis), cap, jnp.ones((), dtype)) - m)
+        label_cost = log_z - centered(pick(logits, index, form.axis), top, cap, jnp.ones((), dtype))
     else:
-        (x, q), w, m_, log_z_, unit = again(log_z, (logits, labels), weight, m, log_z)
-        label_cost = class_sum(product(times(q.astype(dtype), w), log_z_ - (read(x, cap, unit) - m_), unit), axis)
+        (x, q), w, top_, log_z_, unit = again(log_z, (logits, labels), weight, top, log_z)
+        label_cost = class_sum(product(times(q.astype(dtype), w), log_z_ - centered(x, top_, cap, unit), unit), axis)
     last = label_cost
 
     present = mean_weight = uniform = None
     if form.uniform:
-        x, m_, unit = again(last, logits, m)
-        present = class_sum(unmasked(read(x, cap, unit) - m_, unit), axis)
-        x, w, m_, log_z_, unit = again(present, logits, weight, m, log_z)
-        z = read(x, cap, unit) - m_
-        uniform = last = class_sum(product(times(unmasked(z, unit), w), log_z_ - z, unit), axis) / present
+        x, unit = again(last, logits)
+        present = jnp.maximum(class_sum(unmasked(x, unit), axis), 1)
+        x, w, top_, log_z_, unit = again(present, logits, weight, top, log_z)
+        cost = product(times(unmasked(x, unit), w), log_z_ - centered(x, top_, cap, unit), unit)
+        uniform = last = class_sum(cost, axis) / present
         if weight is not None:
-            x, w, m_, unit = again(last, logits, weight, m)
-            mean_weight = last = class_sum(unmasked(read(x, cap, unit) - m_, unit) * w, axis) / present
+            x, w, unit = again(last, logits, weight)
+            mean_weight = last = class_sum(unmasked(x, unit) * w, axis) / present
 
     out = Costs(label_cost, uniform, log_normalizer if form.log_normalizer or form.stats else None)
     if form.stats:
-        x, m_, log_z_, unit = again(last, logits, m, log_z)
-        log_p = (read(x, cap, unit) - m_) - log_z_
+        x, top_, log_z_, unit = again(last, logits, top, log_z)
+        log_p = centered(x, top_, cap, unit) - log_z_
         entropy = class_sum(product(jnp.exp(log_p), -log_p, unit), axis)
         log_prob = -label_cost
         if not by_index(labels) and weight is not None:
-            (x, q), m_, log_z_, unit = again(entropy, (logits, labels), m, log_z)
-            log_prob = -class_sum(product(q.astype(dtype), log_z_ - (read(x, cap, unit) - m_), unit), axis)
+            (x, q), top_, log_z_, unit = again(entropy, (logits, labels), top, log_z)
+            log_prob = -class_sum(product(q.astype(dtype), log_z_ - centered(x, top_, cap, unit), unit), axis)
         prediction = jnp.expand_dims(lax.argmax(logits, form.axis, jnp.int32), form.axis)
         out = out._replace(log_prob=log_prob, entropy=entropy, prediction=prediction)
-    return out, Residuals(logits, labels, class_weight, keep, top, m, log_z, label_cost, present, mean_weight)
+    return out, Residuals(logits, labels, class_weight, keep, top, log_z, label_cost, present, mean_weight)
 
 
 # With p = exp(log p), V the mean of the class weights and n the number of classes,
 #
 #     d label / dx[j]          = p[j] - [j = t],                   and expm1(-label) at j = t
 #                              = p[j] Q - q[j] w[j],               Q = sum of q w
-#     d uniform / dx[j]        = p[j] V - w[j] / n
+#     d uniform / dx[j]        = p[j] V - w[j] / n                 (the same with q = 1 / n)
 #     d log_normalizer / dx[j] = p[j]
 #
-# In the second line one class may have p near 1, and p Q - q w cancels there. It is computed as
+# In the second and third line one class may have p near 1, and p Q - q w cancels there. It is computed as
 # Q expm1(log p[j]) + (sum of q w over the other classes), which does not: a one-hot q gives the first line's gradient.
 def _costs_bwd(form, residuals, cotangents):
-    logits, labels, class_weight, keep, top, m, log_z, label_cost, present, mean_weight = residuals
-    axis, cap, dtype = (form.axis,), form.logit_softcap, m.dtype
+    logits, labels, class_weight, keep, top, log_z, label_cost, present, mean_weight = residuals
+    axis, cap, dtype = (form.axis,), form.logit_softcap, log_z.dtype
     weight = along(class_weight, logits.ndim, form.axis, dtype)
     to_label, to_uniform, to_log_normalizer = cotangents[:3]
 
-    last, total, others = to_label, None, None
+    last, total, others, other_weight = to_label, None, None, None
     if not by_index(labels):
         q, w, _ = again(last, labels, weight)
         last = total = class_sum(times(q.astype(dtype), w), axis)
         (x, q), w, top_, unit = again(last, (logits, labels), weight, top)
         last = others = class_sum(times(q.astype(dtype), w) * below_max(x, top_, unit), axis)
+    if form.uniform and weight is not None:
+        x, w, top_, unit = again(last, logits, weight, top)
+        last = other_weight = class_sum(unmasked(x, unit) * w * below_max(x, top_, unit), axis) / present
+    elif form.uniform:
+        mean_weight, other_weight = jnp.ones_like(present), (present - 1) / present
 
-    (x, labels), w, m, log_z, total, others, unit = again(last, (logits, labels), weight, m, log_z, total, others)
-    x, pull = jax.vjp(lambda x: read(x, cap, unit), x)
-    log_p = x - m - log_z
+    rows = top, log_z, total, others, mean_weight, other_weight
+    (x, labels), w, top, log_z, total, others, mean_weight, other_weight, unit = again(
+        last, (logits, labels), weight, *rows
+    )
+    z, pull = jax.vjp(lambda x: centered(x, top, cap, unit), x)
+    masked = x == -jnp.inf
+    log_p = z - log_z
     p = jnp.exp(log_p)
+    confident = log_p > jnp.log(2 / 3)
     if by_index(labels):
         at_label = lax.broadcasted_iota(labels.dtype, x.shape, form.axis) == jnp.expand_dims(labels, form.axis)
         grad = to_label * jnp.where(at_label, jnp.expm1(-label_cost), p)
         grad_labels, per_class = None, 0
     else:
         q = labels.astype(dtype)
-        confident = log_p > jnp.log(2 / 3)
         grad = to_label * jnp.where(confident, total * jnp.expm1(log_p) + others, total * p - times(q, w))
-        cost = jnp.where((x == -jnp.inf) & (q == 0), 0, -log_p)  # a masked class that no label names is no class
+        cost = jnp.where(masked & (q == 0), 0, -log_p)  # a masked class that no label names is no class
         grad_labels = only(keep, to_label * times(cost, w)).astype(labels.dtype)
         per_class = to_label * q * cost
     if form.uniform:
-        masked = x == -jnp.inf
-        grad += to_uniform * (times(p, mean_weight) - jnp.where(masked, 0, (1 if w is None else w) / present))
+        share = jnp.where(masked, 0, (1 if w is None else w) / present)
+        grad += to_uniform * jnp.where(
+            confident, mean_weight * jnp.expm1(log_p) + other_weight, mean_weight * p - share
+        )
         per_class += to_uniform * jnp.where(masked, 0, -log_p) / present
     if form.log_normalizer:
         grad += to_log_normalizer * p

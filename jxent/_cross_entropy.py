@@ -9,15 +9,15 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jxent import _checks
 from jxent._costs import Form, costs
-from jxent._labels import by_index, report, times
-from jxent._reduce import counted, only, reduce, weight_of
+from jxent._labels import alike, by_index, report
+from jxent._reduce import counted, only, reduce, weight_of, weighted
 
 
 class Stats(NamedTuple):
     """What `return_stats=True` adds to a loss, taken in the same pass. No gradient flows through it.
 
     All but `weight` have the shape of the positions. Where a position does not count, `log_prob`, `log_normalizer` and
-    `entropy` are 0 and `prediction` is negative and no label. So for a loss without class and sample weights the
+    `entropy` are 0 and `prediction` is -2**31, which no label is. So for a loss without class and sample weights the
     accuracy is `jnp.sum(stats.prediction == labels) / stats.weight`, and the loss without smoothing and z-loss is
     `-jnp.sum(stats.log_prob) / stats.weight`.
     """
@@ -153,24 +153,23 @@ def _cross_entropy(options, logits, labels, class_weight, sample_weight, where, 
         stats=options.return_stats,
     )
     in_sums = class_weight if form.uniform or not by_index(labels) else None
-    rows = costs(form, logits, labels, in_sums, None if keep is None else jnp.expand_dims(keep, axis))
+    rows = costs(form, *alike(logits, labels, in_sums), None if keep is None else jnp.expand_dims(keep, axis))
     rows = jax.tree.map(lambda row: only(keep, jnp.squeeze(row, axis)), rows)
 
     label_weight = weight_of(labels, class_weight, keep)
-    losses = times(rows.label, label_weight)
+    losses = weighted(label_weight, rows.label)
     if form.uniform:
-        losses = (1 - smoothing) * losses + smoothing * rows.uniform
+        losses = weighted(jnp.asarray(1 - smoothing, losses.dtype), losses) + smoothing * rows.uniform
     if form.log_normalizer:
         losses += z_loss_weight * rows.log_normalizer**2
     loss, weight = reduce(losses, keep, label_weight, sample_weight, options.reduction)
     if not options.return_stats:
         return loss
-    no_label = -2 if options.ignore_index == -1 else -1
     stats = Stats(
         log_prob=rows.log_prob,
         log_normalizer=rows.log_normalizer,
         entropy=rows.entropy,
-        prediction=only(keep, rows.prediction, no_label),
+        prediction=only(keep, rows.prediction, jnp.iinfo(jnp.int32).min),
         weight=weight,
     )
     return loss, jax.lax.stop_gradient(stats)

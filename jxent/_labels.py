@@ -1,7 +1,8 @@
 """Labels as the rules take them: indices in range along the class axis, class weights, labels of the next token."""
 
+import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.experimental import checkify
 from jaxtyping import Int
 
@@ -46,6 +47,19 @@ def next_token_labels(tokens: Int[Array, "*batch length"], *, ignore_index: int 
     # Shift by a roll and a mask: a slice and a concatenation would not partition over a sharded sequence axis.
     last = jnp.arange(tokens.shape[-1]) == tokens.shape[-1] - 1
     return jnp.where(last, jnp.asarray(ignore_index, tokens.dtype), jnp.roll(tokens, -1, axis=-1))
+
+
+def alike(*arrays):
+    """The arrays, with those that are replicated over an axis of `shard_map` cast to vary where another one varies.
+
+    A custom gradient must vary as its argument does; the cast's transpose sums it over the axis.
+    """
+    varying = [frozenset() if a is None else jax.typeof(a).manual_axis_type.varying for a in arrays]
+    missing = [tuple(frozenset().union(*varying) - own) for own in varying]
+    return [
+        lax.pcast(a, axes, to="varying") if a is not None and axes else a
+        for a, axes in zip(arrays, missing, strict=True)
+    ]
 
 
 def by_index(labels):

@@ -8,8 +8,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jxent import _checks
-from jxent._labels import along, by_index, clipped, out_of_range, report, times
-from jxent._reduce import counted, only, reduce, weight_of
+from jxent._labels import alike, along, by_index, clipped, out_of_range, report, times
+from jxent._reduce import counted, only, reduce, weight_of, weighted
 from jxent._rows import again, class_sum, compute_dtype, pick, product
 
 
@@ -24,7 +24,9 @@ def nll_loss(
     ignore_index: int = -100,
     reduction: str = "mean",
 ) -> Float[Array, "..."]:
-    """Negative log-likelihood of the labels, in nats: ``nll_loss(log_softmax(x), t)`` is ``cross_entropy(x, t)``.
+    """Negative log-likelihood of the labels, in nats.
+
+    ``nll_loss(log_softmax(x), t)`` is ``cross_entropy(x, t)``, but for the rounding of 16-bit log-probabilities.
 
     Args:
       log_probs: log-probabilities, as from `log_softmax`: float16, bfloat16, float32 or float64.
@@ -73,9 +75,9 @@ def _nll_loss(axis, ignore_index, reduction, log_probs, labels, class_weight, sa
         labels = only(keep, labels)  # 0 where ignored: in range
         report("nll_loss", labels, log_probs.shape[axis])
     in_sums = None if by_index(labels) else class_weight
-    costs = _costs(axis, log_probs, labels, in_sums, None if keep is None else jnp.expand_dims(keep, axis))
+    costs = _costs(axis, *alike(log_probs, labels, in_sums), None if keep is None else jnp.expand_dims(keep, axis))
     label_weight = weight_of(labels, class_weight, keep)
-    losses = times(only(keep, jnp.squeeze(jnp.asarray(costs), axis)), label_weight)
+    losses = weighted(label_weight, only(keep, jnp.squeeze(jnp.asarray(costs), axis)))
     return reduce(losses, keep, label_weight, sample_weight, reduction)[0]
 
 
@@ -87,7 +89,7 @@ def _costs(axis, log_probs, labels, class_weight, keep) -> Array:
         cost = -pick(log_probs, clipped(labels, classes, axis), axis).astype(compute_dtype(log_probs.dtype))
         return jnp.where(out_of_range(jnp.expand_dims(labels, axis), classes), jnp.nan, cost)
     dtype = compute_dtype(log_probs.dtype, labels.dtype)
-    unit = jnp.ones((), dtype)
+    (log_probs, labels), class_weight, unit = again(jnp.zeros((), dtype), (log_probs, labels), class_weight)
     weight = times(labels.astype(dtype), along(class_weight, labels.ndim, axis, dtype))
     return class_sum(product(weight, -log_probs.astype(dtype), unit), axis)
 

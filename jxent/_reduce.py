@@ -6,6 +6,7 @@ Plain JAX, so that weights, masks and denominators have their true gradients wit
 import jax.numpy as jnp
 
 from jxent._labels import by_index
+from jxent._rows import compute_dtype
 
 
 def counted(labels, where, ignore_index, shape):
@@ -28,7 +29,18 @@ def weight_of(labels, class_weight, keep):
     """The class weight of each index label that counts; None without class weights, or for class probabilities."""
     if class_weight is None or not by_index(labels):
         return None
-    return only(keep, class_weight.at[labels].get(mode="clip"))
+    # At least float32: the sums over positions and their gradients are taken in this dtype.
+    class_weight = class_weight.astype(compute_dtype(class_weight.dtype))
+    return only(keep, class_weight[jnp.clip(labels, 0, class_weight.size - 1)])
+
+
+def weighted(weight, costs):
+    """weight * costs, with 0 * inf = 0; None weighs nothing."""
+    if weight is None:
+        return costs
+    # Selected before the product, so that the gradient with respect to a weight of 0 is the cost, unless that is
+    # infinite.
+    return weight * jnp.where((weight == 0) & (costs == jnp.inf), 0, costs)
 
 
 def only(keep, values, other=0):
@@ -44,8 +56,9 @@ def reduce(losses, keep, label_weight, sample_weight, reduction):
     """
     weight = label_weight
     if sample_weight is not None:
+        sample_weight = sample_weight.astype(compute_dtype(sample_weight.dtype))
         sample_weight = only(keep, jnp.broadcast_to(sample_weight, losses.shape))
-        losses = losses * sample_weight
+        losses = weighted(sample_weight, losses)
         weight = sample_weight if weight is None else weight * sample_weight
     if weight is not None:
         weight = jnp.sum(weight)

@@ -54,34 +54,47 @@ def class_sum(values, axis):
 # --- what a pass computes for each logit ------------------------------------------------------------------------------
 
 
-@jax.custom_jvp
-def _softcap(x, cap, unit):
-    # The second term is 0, or -inf where x is: a masked class stays masked.
-    return cap * jnp.tanh(x / cap) + jnp.minimum(x + _most(unit), 0 * unit)
-
-
-@_softcap.defjvp
-def _softcap_jvp(primals, tangents):
-    x, cap, unit = primals  # the last two are constants
-    # 1 - tanh(u)**2 cancels where the cap saturates; 1 / cosh(u)**2 does not.
-    e = jnp.exp(-2 * jnp.abs(x / cap))
-    return _softcap(x, cap, unit), 4 * e / (1 + e) ** 2 * tangents[0]
-
-
 def _most(unit):
     """The largest finite number."""
     return float(jnp.finfo(unit.dtype).max) * unit
 
 
-def read(logits, cap, unit):
-    """The logits in the dtype of `unit`, capped to `cap * tanh(logits / cap)` unless `cap` is None."""
+@partial(jax.custom_jvp, nondiff_argnums=(2,))
+def centered(logits, top, cap, unit):
+    """x - m, in the dtype of `unit`: exactly 0 at the largest logit `top`, which is a constant to differentiation.
+
+    x is the logit, or cap * tanh(logit / cap). With a = top / cap and b = logit / cap,
+
+        tanh(b) - tanh(a) = 2 expm1(-2 (a - b)) / ((1 + exp(-2 a)) (1 + exp(2 b)))
+
+    which does not cancel, as the difference of two rounded tanh would.
+    """
+    x, top = logits.astype(unit.dtype), top.astype(unit.dtype)
+    if cap is None:
+        return x - top
+    cap = cap * unit
+    falling, rising = jnp.exp(-2 * unit * (top / cap)), jnp.exp(2 * unit * (x / cap))
+    z = 2 * cap * jnp.expm1(-2 * unit * ((top - x) / cap)) / ((unit + falling) * (unit + rising))
+    # The last term is 0, or -inf where x is: a masked class stays masked.
+    return z + jnp.minimum(x * (0.25 * unit) + _most(unit), 0 * unit)
+
+
+@centered.defjvp
+def _centered_jvp(cap, primals, tangents):
+    logits, top, unit = primals[0], *lax.stop_gradient(primals[1:])
+    z = centered(logits, top, cap, unit)
+    dz = tangents[0].astype(z.dtype)
+    if cap is not None:
+        # 1 - tanh(u)**2 cancels where the cap saturates; 1 / cosh(u)**2 does not.
+        e = jnp.exp(-2 * jnp.abs(logits.astype(z.dtype) / cap))
+        dz = 4 * e / (1 + e) ** 2 * dz
+    return z, dz
+
+
+def unmasked(logits, unit):
+    """1, and 0 where a logit is -inf."""
     x = logits.astype(unit.dtype)
-    return x if cap is None else _softcap(x, cap * unit, unit)
-
-
-def unmasked(z, unit):
-    """1 where z > -inf and 0 where z = -inf."""
-    return jnp.minimum(jnp.maximum(z, -_most(unit)) + _most(unit), unit)
+    return jnp.minimum(jnp.maximum(x * (0.25 * unit) + _most(unit), 0 * unit), unit)
 
 
 def below_max(logits, top, unit):
@@ -92,10 +105,10 @@ def below_max(logits, top, unit):
 
 def product(weight, cost, unit):
     """weight * cost for a cost in [0, inf], with 0 * inf = 0."""
-    most = _most(unit)
-    finite = jnp.minimum(cost, most)
-    # 0 for every cost in use; four times it overflows where the cost is infinite and the weight is not 0.
-    excess = jnp.minimum(weight * most, unit) * jnp.maximum(finite - most / 4, 0 * unit)
+    finite = jnp.minimum(cost, _most(unit))
+    sign = jnp.maximum(jnp.minimum(weight * _most(unit), unit), -unit)
+    # The largest finite number where the cost is infinite and the weight is not 0, which four times is infinite.
+    excess = lax.stop_gradient(sign * ((unit - unmasked(-cost, unit)) * finite))
     return weight * finite + (4 * unit) * excess
 
 
@@ -122,10 +135,9 @@ def _take(logits, labels, axis):
 
 
 class Rows(NamedTuple):
-    """Row arrays. To differentiation the first two are constants."""
+    """Row arrays. To differentiation `top` is a constant."""
 
-    top: Array  # the largest logit, in the logits' dtype; 0 in a row of -inf, so that x - m is not NaN
-    m: Array  # the same as the formulas see it, upcast and capped
+    top: Array  # the largest logit, upcast; 0 in a row of -inf, so that x - m is not NaN
     log_z: Array  # log sum exp(x - m); 0 in a row of -inf, so that p = 0 there
     log_normalizer: Array  # log sum exp x
 
@@ -138,31 +150,32 @@ def normalizer(logits, label, axis, cap, dtype):
     itself full relative precision and not only the loss log_z - (x[label] - m).
     """
     # The maximum before the upcast, which the next pass would share.
-    largest = jnp.max(logits, axis, keepdims=True, initial=-jnp.inf if 0 in logits.shape else None)
+    largest = jnp.max(logits, axis, keepdims=True, initial=-jnp.inf if 0 in logits.shape else None).astype(dtype)
     empty = largest == -jnp.inf
     top = jnp.where(empty, 0, largest)
-    m = read(top, cap, jnp.ones((), dtype))
-    if label is not None and logits.shape[axis[0]] <= 2**24:  # float32 counts no further
-        d = read(pick(logits, label, *axis), cap, jnp.ones((), dtype)) - m
-        x, m_, unit = again(d, logits, m)
+    if label is not None:
+        d = centered(pick(logits, label, *axis), top, cap, jnp.ones((), dtype))
+        x, top_, unit = again(d, logits, top)
         others = jnp.minimum(jnp.abs(lax.broadcasted_iota(dtype, x.shape, *axis) - label.astype(dtype)), unit)
-        rest = class_sum(jnp.exp(read(x, cap, unit) - m_) * others, axis) + jnp.expm1(d)
+        rest = class_sum(jnp.exp(centered(x, top_, cap, unit)) * others, axis) + jnp.expm1(d)
     else:
-        x, m_, unit = again(m, logits, m)
-        total = class_sum(jnp.exp(read(x, cap, unit) - m_), axis)
-        x, m_, top_, unit = again(total, x, m, top)
-        terms = jnp.exp(read(x, cap, unit) - m_) * below_max(x, top_, unit)
+        x, top_, unit = again(top, logits, top)
+        total = class_sum(jnp.exp(centered(x, top_, cap, unit)), axis)
+        x, top_, unit = again(total, logits, top)
+        terms = jnp.exp(centered(x, top_, cap, unit)) * below_max(x, top_, unit)
         # Where the total is at least 1.5, 1 can be taken off it; where it is not, the maximum is unique.
         rest = jnp.where(total < 1.5, class_sum(terms, axis), total - 1)
     log_z = jnp.log1p(jnp.where(empty, 0, rest))
+    m = top if cap is None else cap * jnp.tanh(top / cap)
     log_normalizer = jnp.where(m == jnp.inf, jnp.inf, m + log_z)  # where log_z is NaN
-    return Rows(top, m, log_z, jnp.where(empty, -jnp.inf, log_normalizer))
+    return Rows(top, log_z, jnp.where(empty, -jnp.inf, log_normalizer))
 
 
 @normalizer.defjvp
 def _normalizer_jvp(axis, cap, dtype, primals, tangents):
     logits, label = primals
     rows = normalizer(logits, label, axis, cap, dtype)
-    x, dx = jax.jvp(lambda logits: read(logits, cap, jnp.ones((), dtype)), (logits,), (tangents[0],))
-    dlog_z = class_sum(jnp.exp(x - rows.m - rows.log_z) * dx, axis)
-    return rows, Rows(jnp.zeros_like(rows.top), jnp.zeros_like(rows.m), dlog_z, dlog_z)
+    unit = jnp.ones((), dtype)
+    z, dz = jax.jvp(lambda logits: centered(logits, rows.top, cap, unit), (logits,), (tangents[0],))
+    dlog_z = jnp.sum(jnp.exp(z - rows.log_z) * dz, axis, keepdims=True)
+    return rows, Rows(jnp.zeros_like(rows.top), dlog_z, dlog_z)

@@ -106,7 +106,7 @@ def log_softmax(
 
 def _arguments(function, logits, axis, where):
     logits = _checks.floating(function, "logits", logits)
-    where = _checks.mask(function, where, logits.shape, "the logits")
+    where = _checks.mask(function, where, logits.shape, "the logits", "compare it (mask != 0)")
     return logits, _checks.class_axes(function, logits, axis), where
 
 
@@ -127,8 +127,8 @@ def _normalizer(logits, axis):
     return normalizer(logits, None, axis, None, compute_dtype(logits.dtype))
 
 
-def _log_p(logits, m, log_z):
-    return (logits.astype(m.dtype) - m) - log_z
+def _log_p(logits, top, log_z):
+    return (logits.astype(top.dtype) - top) - log_z
 
 
 # --- logsumexp: d / dx[j] = p[j] --------------------------------------------------------------------------------------
@@ -141,13 +141,13 @@ def _logsumexp(axis, logits):
 
 def _logsumexp_fwd(axis, logits):
     rows = _normalizer(logits, axis)
-    return rows.log_normalizer.astype(logits.dtype), (logits, rows.m, rows.log_z)
+    return rows.log_normalizer.astype(logits.dtype), (logits, rows.top, rows.log_z)
 
 
 def _logsumexp_bwd(axis, residuals, cotangent):
-    logits, m, log_z = residuals
-    x, m, log_z, _ = again(m, logits, m, log_z)
-    return ((cotangent * jnp.exp(_log_p(x, m, log_z))).astype(logits.dtype),)
+    logits, top, log_z = residuals
+    x, top, log_z, _ = again(log_z, logits, top, log_z)
+    return ((cotangent * jnp.exp(_log_p(x, top, log_z))).astype(logits.dtype),)
 
 
 _logsumexp.defvjp(_logsumexp_fwd, _logsumexp_bwd)
@@ -165,22 +165,22 @@ def _softmax(axis, logits):
 
 
 def _softmax_fwd(axis, logits):
-    top, m, log_z, _ = _normalizer(logits, axis)
-    x, m_, log_z_, _ = again(log_z, logits, m, log_z)
-    return jnp.exp(_log_p(x, m_, log_z_)).astype(logits.dtype), (logits, top, m, log_z)
+    top, log_z, _ = _normalizer(logits, axis)
+    x, top_, log_z_, _ = again(log_z, logits, top, log_z)
+    return jnp.exp(_log_p(x, top_, log_z_)).astype(logits.dtype), (logits, top, log_z)
 
 
 def _softmax_bwd(axis, residuals, cotangent):
-    logits, top, m, log_z = residuals
+    logits, top, log_z = residuals
     both = logits, cotangent
     x, top_, unit = again(log_z, logits, top)
     count = class_sum(unit - below_max(x, top_, unit), axis)
     (x, g), top_, unit = again(count, both, top)
-    center = class_sum((unit - below_max(x, top_, unit)) * g.astype(m.dtype), axis) / jnp.maximum(count, 1)
-    (x, g), m_, log_z_, center_, _ = again(center, both, m, log_z, center)
-    mean = class_sum(jnp.exp(_log_p(x, m_, log_z_)) * (g.astype(m.dtype) - center_), axis)
-    (x, g), m_, log_z_, center_, mean, _ = again(mean, both, m, log_z, center, mean)
-    return ((jnp.exp(_log_p(x, m_, log_z_)) * ((g.astype(m.dtype) - center_) - mean)).astype(logits.dtype),)
+    center = class_sum((unit - below_max(x, top_, unit)) * g.astype(top.dtype), axis) / jnp.maximum(count, 1)
+    (x, g), top_, log_z_, center_, _ = again(center, both, top, log_z, center)
+    mean = class_sum(jnp.exp(_log_p(x, top_, log_z_)) * (g.astype(top.dtype) - center_), axis)
+    (x, g), top_, log_z_, center_, mean, _ = again(mean, both, top, log_z, center, mean)
+    return ((jnp.exp(_log_p(x, top_, log_z_)) * ((g.astype(top.dtype) - center_) - mean)).astype(logits.dtype),)
 
 
 _softmax.defvjp(_softmax_fwd, _softmax_bwd)
@@ -198,21 +198,21 @@ def _log_softmax(axis, logits):
 
 
 def _log_softmax_fwd(axis, logits):
-    top, m, log_z, _ = _normalizer(logits, axis)
-    x, m_, log_z_, _ = again(log_z, logits, m, log_z)
-    return _log_p(x, m_, log_z_).astype(logits.dtype), (logits, top, m, log_z)
+    top, log_z, _ = _normalizer(logits, axis)
+    x, top_, log_z_, _ = again(log_z, logits, top, log_z)
+    return _log_p(x, top_, log_z_).astype(logits.dtype), (logits, top, log_z)
 
 
 def _log_softmax_bwd(axis, residuals, cotangent):
-    logits, top, m, log_z = residuals
-    both, dtype = (logits, cotangent), m.dtype
+    logits, top, log_z = residuals
+    both, dtype = (logits, cotangent), top.dtype
     (x, g), unit = again(log_z, both)
-    total = class_sum(unmasked(x.astype(dtype), unit) * g.astype(dtype), axis)
+    total = class_sum(unmasked(x, unit) * g.astype(dtype), axis)
     (x, g), top_, unit = again(total, both, top)
-    counted = unmasked(x.astype(dtype), unit) * below_max(x, top_, unit)
+    counted = unmasked(x, unit) * below_max(x, top_, unit)
     others = class_sum(counted * g.astype(dtype), axis)
-    (x, g), m_, log_z_, total, others, _ = again(others, both, m, log_z, total, others)
-    log_p, g = _log_p(x, m_, log_z_), g.astype(dtype)
+    (x, g), top_, log_z_, total, others, _ = again(others, both, top, log_z, total, others)
+    log_p, g = _log_p(x, top_, log_z_), g.astype(dtype)
     grad = jnp.where(log_p > jnp.log(2 / 3), -jnp.expm1(log_p) * total - others, g - jnp.exp(log_p) * total)
     return (jnp.where(x == -jnp.inf, 0, grad).astype(logits.dtype),)
 

@@ -417,8 +417,8 @@ BAD_LABELS = {
     "uint16": (C, C + 7),
     "uint32": (C, C + 7, 2**32 - 1),
 }
-# An index out of range has the weight of a class at the edge, and it enters the mean's denominator: here that of the good
-# label, so that the other positions' gradients can be compared.
+# An index out of range has the weight of a class at the edge, and it enters the mean's denominator: here that of the
+# good label, so that the other positions' gradients can be compared.
 CLASS_WEIGHT = np.array([0.5, 2.0, 1.0, 0.25, 3.0, 1.0, 0.5], np.float32)
 OPTIONS = {
     "cross_entropy": {

@@ -180,7 +180,7 @@ def test_stats(kind):
     ):
         chex.assert_type(got, jnp.float32)
         np.testing.assert_allclose(got, np.where(keep, want, 0), rtol=1e-5, atol=1e-7)
-    np.testing.assert_array_equal(stats.prediction, np.where(keep, logits.argmax(-1), -1))
+    np.testing.assert_array_equal(stats.prediction, np.where(keep, logits.argmax(-1), -(2**31)))
     chex.assert_type(stats.prediction, jnp.int32)
     _, weight = oracle.position_losses(logits, labels, **weights)
     np.testing.assert_allclose(stats.weight, weight.sum(), rtol=1e-6)
