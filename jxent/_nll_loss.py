@@ -84,6 +84,14 @@ def _nll_loss(axis, ignore_index, reduction, log_probs, labels, class_weight, sa
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _costs(axis, log_probs, labels, class_weight, keep) -> Array:
     """-log p of the label, or the sum of q w * -log p, a row array."""
+    return _costs_fwd(axis, log_probs, labels, class_weight, keep)[0]
+
+
+def _costs_fwd(axis, log_probs, labels, class_weight, keep):
+    return _cost_rows(axis, log_probs, labels, class_weight), (log_probs, labels, class_weight, keep)
+
+
+def _cost_rows(axis, log_probs, labels, class_weight):
     if by_index(labels):
         classes = log_probs.shape[axis]
         cost = -pick(log_probs, clipped(labels, classes, axis), axis).astype(compute_dtype(log_probs.dtype))
@@ -92,10 +100,6 @@ def _costs(axis, log_probs, labels, class_weight, keep) -> Array:
     (log_probs, labels), class_weight, unit = again(jnp.zeros((), dtype), (log_probs, labels), class_weight)
     weight = times(labels.astype(dtype), along(class_weight, labels.ndim, axis, dtype))
     return class_sum(product(weight, -log_probs.astype(dtype), unit), axis)
-
-
-def _costs_fwd(axis, *arguments):
-    return _costs(axis, *arguments), arguments
 
 
 # d / d log_probs[j] is -1 at the label and 0 elsewhere, or -q[j] w[j]. A custom rule, because the transpose of a gather

@@ -292,3 +292,90 @@ def test_next_token_labels():
     chex.assert_type(jxent.next_token_labels(tokens.astype(jnp.int16)), jnp.int16)
     logits = jnp.zeros((2, 3, 9))
     assert jxent.cross_entropy(logits, jxent.next_token_labels(tokens), return_stats=True)[1].weight == 4
+
+
+@pytest.mark.parametrize("value", [-1e38, -3e38, float(np.finfo(np.float32).min)])
+def test_huge_finite_logits_are_no_mask(value):
+    """Only -inf masks: a class at the largest negative number costs what it costs."""
+    logits = jnp.array([[1.0, 2.0, value]])
+    probabilities = jnp.array([[0.5, 0.4, 0.1]])
+    np.testing.assert_allclose(jxent.cross_entropy(logits, probabilities), -0.1 * value, rtol=1e-6)
+    np.testing.assert_allclose(jxent.nll_loss(logits - 5, probabilities), -0.1 * value, rtol=1e-6)
+    smooth, gradient = jax.value_and_grad(lambda x: jxent.cross_entropy(x, jnp.array([0]), label_smoothing=0.1))(logits)
+    np.testing.assert_allclose(smooth, -value / 30, rtol=1e-6)
+    np.testing.assert_allclose(gradient[0, 2], -0.1 / 3, rtol=1e-6)
+    _, pull = jax.vjp(jxent.log_softmax, logits)
+    np.testing.assert_allclose(pull(jnp.ones((1, 3)))[0][0, 2], 1, rtol=1e-6)
+
+
+def test_negative_weights():
+    logits = jnp.array([[1.0, 2.0, 0.0]])
+    log_p = oracle.log_softmax(logits)[0]
+    np.testing.assert_allclose(
+        jxent.cross_entropy(logits, jnp.array([[-2.0, 1.0, 0.0]])), 2 * log_p[0] - log_p[1], rtol=1e-6
+    )
+    np.testing.assert_allclose(
+        jxent.nll_loss(jxent.log_softmax(logits), jnp.array([[-2.0, 1.0, 0.0]])), 2 * log_p[0] - log_p[1], rtol=1e-6
+    )
+
+
+def test_a_weight_of_0_silences_an_infinite_loss():
+    """And keeps the gradient of a weight of 0 where the loss is finite."""
+    logits, labels = jnp.array([[0.0, 1.0, -jnp.inf], [0.0, 1.0, -jnp.inf]]), jnp.array([2, 1])
+    weight = jnp.array([0.0, 1.0])
+    np.testing.assert_allclose(
+        jxent.cross_entropy(logits, labels, sample_weight=weight), np.log1p(np.exp(-1)), rtol=1e-6
+    )
+    smooth = jxent.cross_entropy(logits[:1], labels[:1], label_smoothing=1.0)
+    np.testing.assert_allclose(smooth, np.log1p(np.exp(-1)) + 0.5, rtol=1e-6)
+    gradient = jax.grad(lambda w: jxent.cross_entropy(logits, jnp.array([0, 1]), sample_weight=w, reduction="sum"))(
+        weight
+    )
+    np.testing.assert_allclose(gradient, np.log1p(np.exp([1, -1])), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("weight", ["class_weight", "sample_weight"])
+def test_narrow_weights_are_summed_in_float32(weight, dtype):
+    """Denominators and the weights' gradients over 70000 positions, more than 16 bits can count."""
+    n = 70000
+    logits, labels = jnp.zeros((n, 2)), jnp.zeros(n, jnp.int32)
+    ones = jnp.ones(2 if weight == "class_weight" else 1, dtype)
+
+    def loss(w, reduction):
+        return jxent.cross_entropy(logits, labels, **{weight: w}, reduction=reduction, return_stats=True)
+
+    value, stats = loss(ones, "mean")
+    np.testing.assert_allclose(value, np.log(2), rtol=1e-6)
+    assert stats.weight == n
+    chex.assert_type(stats.weight, jnp.float32)
+    gradient = jax.grad(lambda w: loss(w, "sum")[0])(ones)
+    eps = float(jnp.finfo(dtype).eps)
+    # Float32 adds 70000 equal terms one by one: within half an ulp each, of up to 2**15 ulps.
+    np.testing.assert_allclose(np.asarray(gradient[0], np.float64), n * np.log(2), rtol=eps + 1e-3)
+
+
+@pytest.mark.parametrize("kind", ["index", "probabilities"])
+def test_replicated_weights_inside_shard_map(kind):
+    """The class weights' gradient is summed over the shards of the positions."""
+    logits, labels, weights = data(kind, np.float32)
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def loss(logits, labels, class_weight):
+        options = {"class_weight": class_weight, "label_smoothing": 0.1, "reduction": "sum"}
+        return jax.lax.psum(jxent.cross_entropy(logits, labels, **options), "data")
+
+    split = jax.sharding.PartitionSpec("data")
+    sharded = jax.shard_map(
+        loss, mesh=mesh, in_specs=(split, split, jax.sharding.PartitionSpec()), out_specs=jax.sharding.PartitionSpec()
+    )
+    want = jax.grad(
+        lambda *a: jxent.cross_entropy(*a[:2], class_weight=a[2], label_smoothing=0.1, reduction="sum"), (0, 2)
+    )
+    args = jnp.asarray(logits), jnp.asarray(labels), jnp.asarray(weights["class_weight"])
+    chex.assert_trees_all_close(jax.grad(sharded, (0, 2))(*args), want(*args), rtol=1e-5, atol=1e-6)
+
+
+def test_numpy_labels_of_64_bits_do_not_wrap():
+    labels = np.array([0, 2**32 + 1, -(2**32)])
+    np.testing.assert_array_equal(np.isnan(jxent.cross_entropy(jnp.zeros((3, 3)), labels, reduction="none")), [0, 1, 1])

@@ -173,3 +173,32 @@ def test_softmax_gradient_of_a_confident_row():
     want = cotangent - p * total
     want[0] = -cotangent[1:].astype(np.float64).sum() - np.expm1(oracle.log_softmax(logits)[0]) * total
     assert worst(vjp(jnp.asarray(cotangent))[0], want) < BOUND
+
+
+@pytest.mark.parametrize("kind", ["index", "probabilities"])
+def test_softcap_of_a_confident_row(kind):
+    """The capped logits differ by less than they round: x - m must not be the difference of two rounded tanh."""
+    logits, cap = np.array([[58.70677, 0.63705, -20.0], [40.0, 39.0, 2.0]], np.float32), 30.0
+    a, b = logits.astype(np.float64) / cap, logits.max(-1, keepdims=True).astype(np.float64) / cap
+    z = cap * np.sinh(a - b) / (np.cosh(a) * np.cosh(b))
+    labels = np.zeros(2, np.int32)
+    want = np.log1p(np.exp(z[:, 1:]).sum(-1))
+    given = labels if kind == "index" else oracle.one_hot(labels, 3).astype(np.float32)
+    got, stats = jxent.cross_entropy(logits, given, logit_softcap=cap, reduction="none", return_stats=True)
+    assert worst(got, want) < 2e-5  # z is up to 50 and rounds to 2e-6; tanh and exp add as much again
+    log_p = z - want[:, None]
+    assert worst(stats.entropy, -(np.exp(log_p) * log_p).sum(-1)) < 2e-5
+
+
+@pytest.mark.parametrize("label", [0, 1])
+def test_smoothing_towards_one_class(label):
+    """All the smoothing goes to the confident class, where p V - w cancels; and log_z itself is needed exactly."""
+    logits, weight = np.array([[0.0, -20.0, -21.0]], np.float32), np.array([1.0, 0.0, 0.0], np.float32)
+    options = {"class_weight": weight, "label_smoothing": 0.1}
+    log_p = oracle.log_softmax(logits)[0]
+    value, gradient = jax.value_and_grad(
+        lambda x: jxent.cross_entropy(x, jnp.array([label]), reduction="sum", **options)
+    )(logits)
+    assert worst(value, oracle.cross_entropy(logits, np.array([label]), reduction="sum", **options)) < BOUND
+    share = 0.1 / 3 + (0.9 if label == 0 else 0)
+    assert worst(gradient[0, 0], share * np.expm1(log_p[0])) < BOUND
