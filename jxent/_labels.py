@@ -1,5 +1,7 @@
 """Labels as the rules take them: indices in range along the class axis, class weights, labels of the next token."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
@@ -44,7 +46,11 @@ def next_token_labels(tokens: Int[Array, "*batch length"], *, ignore_index: int 
             f"{name}: ignore_index={ignore_index} does not fit into tokens of dtype {tokens.dtype}; convert them with "
             ".astype(jnp.int32)"
         )
-    # Shift by a roll and a mask: a slice and a concatenation would not partition over a sharded sequence axis.
+    return _shifted(tokens, ignore_index)
+
+
+@partial(jax.jit, static_argnums=1)
+def _shifted(tokens, ignore_index):
     last = jnp.arange(tokens.shape[-1]) == tokens.shape[-1] - 1
     return jnp.where(last, jnp.asarray(ignore_index, tokens.dtype), jnp.roll(tokens, -1, axis=-1))
 
