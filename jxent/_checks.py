@@ -131,6 +131,55 @@ def _index_remedy(logits, labels, shape):
     return ""
 
 
+def kernel_axis(function, hidden, kernel, vocab_axis):
+    """The vocabulary's axis of the kernel, 0 or 1; its other axis is that of the features."""
+    vocab_axis = integer(function, "vocab_axis", vocab_axis)
+    if hidden.ndim == 0:
+        raise ValueError(f"{function}: hidden needs a features axis, got a scalar")
+    if kernel.ndim != 2:
+        raise ValueError(f"{function}: kernel must have two axes, features and vocabulary, got shape {kernel.shape}")
+    if not -2 <= vocab_axis < 2:
+        raise ValueError(f"{function}: vocab_axis must be -1 or 0, got {vocab_axis}")
+    vocab_axis %= 2
+    features = kernel.shape[1 - vocab_axis]
+    if hidden.shape[-1] != features:
+        layout = "(features, vocab)" if vocab_axis else "(vocab, features)"
+        remedy = ""
+        if hidden.shape[-1] == kernel.shape[vocab_axis]:
+            remedy = f"; for a kernel of the other layout pass vocab_axis={-1 if vocab_axis == 0 else 0}"
+        raise ValueError(
+            f"{function}: hidden and kernel must have the same number of features, got {hidden.shape[-1]} in hidden of "
+            f"shape {hidden.shape} and {features} in kernel {layout} of shape {kernel.shape}{remedy}"
+        )
+    if kernel.shape[vocab_axis] == 0:
+        raise ValueError(f"{function}: kernel must have at least one class, got shape {kernel.shape}")
+    return vocab_axis
+
+
+def per_class(function, name, value, classes):
+    value = optional_floating(function, name, value)
+    if value is not None and value.shape != (classes,):
+        raise ValueError(f"{function}: {name} must have one entry per class, shape {(classes,)}, got {value.shape}")
+    return value
+
+
+def positive(function, name, value):
+    value = integer(function, name, value)
+    if value < 1:
+        raise ValueError(f"{function}: {name} must be at least 1, got {value}")
+    return value
+
+
+def matmul_precision(function, value):
+    """What `jax.lax.dot_general` takes for its precision, checked by asking it."""
+    try:
+        jax.eval_shape(lambda a: jax.lax.dot(a, a, precision=value), jax.ShapeDtypeStruct((1, 1), jnp.float32))
+        hash(value)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{function}: precision must be one that jax.lax.dot_general takes; {error}") from error
+    return tuple(value) if isinstance(value, list) else value
+
+
 def broadcastable(function, name, value, shape, what):
     if value is None:
         return None
@@ -157,11 +206,7 @@ def weights(function, class_weight, sample_weight, where, logits, axis):
     """The three label-shaped or class-shaped weights of a loss."""
     shape = logits.shape[:axis] + logits.shape[axis + 1 :]
     classes = logits.shape[axis]
-    class_weight = optional_floating(function, "class_weight", class_weight)
-    if class_weight is not None and class_weight.shape != (classes,):
-        raise ValueError(
-            f"{function}: class_weight must have one weight per class, shape {(classes,)}, got {class_weight.shape}"
-        )
+    class_weight = per_class(function, "class_weight", class_weight, classes)
     sample_weight = optional_floating(
         function, "sample_weight", sample_weight, "pass a mask as where=, or convert it with .astype(jnp.float32)"
     )

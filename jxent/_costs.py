@@ -5,7 +5,7 @@ coefficients (weights, smoothing, the z-loss, the mean's denominator) are plain 
 
     label     -log p[t], or sum of q[j] w[j] * -log p[j] for class probabilities q and class weights w
     uniform   the mean over the classes of w[j] * -log p[j], for label smoothing
-    log_normalizer   m + log_z, for the z-loss
+    z         (m + log_z)**2, for the z-loss
 
 Every term of these sums is >= 0, so each is as exact as log p. Memory: nothing of the size of the logits in the forward
 pass; in the backward pass their gradient alone, while gradients of class weights and of probability labels may write as
@@ -40,16 +40,17 @@ class Form(NamedTuple):
     axis: int
     logit_softcap: float | None
     uniform: bool
-    log_normalizer: bool
+    z: bool
     stats: bool
 
 
 class Costs(NamedTuple):
-    """Row arrays (the logits' shape with one class); None where not wanted. The last three carry no gradient."""
+    """Row arrays (the logits' shape with one class); None where not wanted. The last four carry no gradient."""
 
     label: Array
     uniform: Array | None
-    log_normalizer: Array | None
+    z: Array | None
+    log_normalizer: Array | None = None
     log_prob: Array | None = None
     entropy: Array | None = None
     prediction: Array | None = None
@@ -62,6 +63,7 @@ class Residuals(NamedTuple):
     keep: Array | None
     top: Array  # this and the rest are row arrays
     log_z: Array
+    log_normalizer: Array
     label_cost: Array
     present: Array | None  # how many classes are not masked
     mean_weight: Array | None  # their mean class weight
@@ -79,10 +81,10 @@ def costs(form, logits, labels, class_weight, keep):
     (classes,) or None enters the sums over classes and not the cost of an index label; `keep` is a row array, False
     where a position does not count, or None. What the logits hold at such a position does not reach a gradient.
     """
-    return _costs_fwd(form, logits, labels, class_weight, keep)[0]
+    return costs_fwd(form, logits, labels, class_weight, keep)[0]
 
 
-def _costs_fwd(form, logits, labels, class_weight, keep):
+def costs_fwd(form, logits, labels, class_weight, keep):
     axis, cap, dtype = (form.axis,), form.logit_softcap, _dtype(logits, labels)
     weight = along(class_weight, logits.ndim, form.axis, dtype)
     classes = logits.shape[form.axis]
@@ -90,7 +92,7 @@ def _costs_fwd(form, logits, labels, class_weight, keep):
     # Without the label's class the sum takes one pass less, and the loss is as exact, though log_z alone is not.
     index = clipped(labels, classes, form.axis) if by_index(labels) else None
     left_out = index if isinstance(classes, int) and classes <= 2**24 else None  # float32 counts no further
-    if form.uniform or form.log_normalizer or form.stats:
+    if form.uniform or form.z or form.stats:
         left_out = None
     top, log_z, log_normalizer = normalizer(logits, left_out, axis, cap, dtype)
     if by_index(labels):
@@ -112,7 +114,7 @@ def _costs_fwd(form, logits, labels, class_weight, keep):
             x, w, unit = again(last, logits, weight)
             mean_weight = last = class_sum(unmasked(x, unit) * w, axis) / present
 
-    out = Costs(label_cost, uniform, log_normalizer if form.log_normalizer or form.stats else None)
+    out = Costs(label_cost, uniform, log_normalizer**2 if form.z else None)
     if form.stats:
         x, top_, log_z_, unit = again(last, logits, top, log_z)
         log_p = centered(x, top_, cap, unit) - log_z_
@@ -122,8 +124,9 @@ def _costs_fwd(form, logits, labels, class_weight, keep):
             (x, q), top_, log_z_, unit = again(entropy, (logits, labels), top, log_z)
             log_prob = -class_sum(product(q.astype(dtype), log_z_ - centered(x, top_, cap, unit), unit), axis)
         prediction = jnp.expand_dims(lax.argmax(logits, form.axis, jnp.int32), form.axis)
-        out = out._replace(log_prob=log_prob, entropy=entropy, prediction=prediction)
-    return out, Residuals(logits, labels, class_weight, keep, top, log_z, label_cost, present, mean_weight)
+        out = out._replace(log_normalizer=log_normalizer, log_prob=log_prob, entropy=entropy, prediction=prediction)
+    rows = top, log_z, log_normalizer, label_cost, present, mean_weight
+    return out, Residuals(logits, labels, class_weight, keep, *rows)
 
 
 # With p = exp(log p), V the mean of the class weights and n the number of classes,
@@ -131,15 +134,15 @@ def _costs_fwd(form, logits, labels, class_weight, keep):
 #     d label / dx[j]          = p[j] - [j = t],                   and expm1(-label) at j = t
 #                              = p[j] Q - q[j] w[j],               Q = sum of q w
 #     d uniform / dx[j]        = p[j] V - w[j] / n                 (the same with q = 1 / n)
-#     d log_normalizer / dx[j] = p[j]
+#     d z / dx[j]              = 2 (m + log_z) p[j]
 #
 # In the second and third line one class may have p near 1, and p Q - q w cancels there. It is computed as
 # Q expm1(log p[j]) + (sum of q w over the other classes), which does not: a one-hot q gives the first line's gradient.
-def _costs_bwd(form, residuals, cotangents):
-    logits, labels, class_weight, keep, top, log_z, label_cost, present, mean_weight = residuals
+def costs_bwd(form, residuals, cotangents):
+    logits, labels, class_weight, keep, top, log_z, log_normalizer, label_cost, present, mean_weight = residuals
     axis, cap, dtype = (form.axis,), form.logit_softcap, log_z.dtype
     weight = along(class_weight, logits.ndim, form.axis, dtype)
-    to_label, to_uniform, to_log_normalizer = cotangents[:3]
+    to_label, to_uniform, to_z = cotangents[:3]
 
     last, total, others, other_weight = to_label, None, None, None
     if not by_index(labels):
@@ -178,8 +181,8 @@ def _costs_bwd(form, residuals, cotangents):
             confident, mean_weight * jnp.expm1(log_p) + other_weight, mean_weight * p - share
         )
         per_class += to_uniform * jnp.where(masked, 0, -log_p) / present
-    if form.log_normalizer:
-        grad += to_log_normalizer * p
+    if form.z:
+        grad += 2 * to_z * log_normalizer * p
     grad = only(keep, pull(grad)[0])
 
     grad_weight = None
@@ -189,4 +192,4 @@ def _costs_bwd(form, residuals, cotangents):
     return grad, grad_labels, grad_weight, None
 
 
-costs.defvjp(_costs_fwd, _costs_bwd)
+costs.defvjp(costs_fwd, costs_bwd)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jxent import _checks
 from jxent._costs import Form, costs
 from jxent._labels import alike, by_index, report
-from jxent._reduce import counted, only, reduce, weight_of, weighted
+from jxent._reduce import Coefficients, counted, denominator, only, product_of, reduce, share_of, weigh, weight_of
 
 
 class Stats(NamedTuple):
@@ -106,26 +106,15 @@ def cross_entropy(
     axis = _checks.class_axis(name, "logits", logits, axis)
     labels = _checks.class_labels(name, "logits", logits, labels, axis)
     class_weight, sample_weight, where = _checks.weights(name, class_weight, sample_weight, where, logits, axis)
-    ignore_index = _checks.ignored_class(name, ignore_index, labels)
-    smoothing = _checks.scalar(name, "label_smoothing", label_smoothing, 0, 1)
-    z_weight = _checks.scalar(name, "z_loss_weight", z_loss_weight, 0, float("inf"))
-    options = Options(
-        axis=axis,
-        ignore_index=ignore_index,
-        label_smoothing=smoothing if isinstance(smoothing, float) else None,
-        z_loss_weight=z_weight if isinstance(z_weight, float) else None,
-        logit_softcap=_checks.softcap(name, logit_softcap),
-        reduction=_checks.reduction(name, reduction),
-        return_stats=_checks.flag(name, "return_stats", return_stats),
+    options, traced = options_of(
+        name, labels, ignore_index, label_smoothing, z_loss_weight, logit_softcap, reduction, return_stats
     )
-    traced = tuple(None if isinstance(value, float) else value for value in (smoothing, z_weight))
-    return _cross_entropy(options, logits, labels, class_weight, sample_weight, where, traced)
+    return _cross_entropy(options, axis, logits, labels, class_weight, sample_weight, where, traced)
 
 
 class Options(NamedTuple):
     """The static options of a call; None for a scalar that is traced instead."""
 
-    axis: int
     ignore_index: int
     label_smoothing: float | None
     z_loss_weight: float | None
@@ -133,43 +122,67 @@ class Options(NamedTuple):
     reduction: str
     return_stats: bool
 
+    def form(self, axis):
+        uniform, z = self.label_smoothing != 0, self.z_loss_weight != 0
+        return Form(axis, self.logit_softcap, uniform, z, self.return_stats)
 
-@partial(jax.jit, static_argnums=0)
-def _cross_entropy(options, logits, labels, class_weight, sample_weight, where, traced):
+
+def options_of(name, labels, ignore_index, label_smoothing, z_loss_weight, logit_softcap, reduction, return_stats):
+    """(`Options`, the scalars that are traced) of a call."""
+    ignore_index = _checks.ignored_class(name, ignore_index, labels)
+    smoothing = _checks.scalar(name, "label_smoothing", label_smoothing, 0, 1)
+    z_weight = _checks.scalar(name, "z_loss_weight", z_loss_weight, 0, float("inf"))
+    options = Options(
+        ignore_index=ignore_index,
+        label_smoothing=smoothing if isinstance(smoothing, float) else None,
+        z_loss_weight=z_weight if isinstance(z_weight, float) else None,
+        logit_softcap=_checks.softcap(name, logit_softcap),
+        reduction=_checks.reduction(name, reduction),
+        return_stats=_checks.flag(name, "return_stats", return_stats),
+    )
+    return options, tuple(None if isinstance(value, float) else value for value in (smoothing, z_weight))
+
+
+def coefficients_of(options, traced, label_weight, share):
+    """The `Coefficients` of the costs; the mean's denominator is left to the end."""
     smoothing = options.label_smoothing if traced[0] is None else traced[0]
     z_loss_weight = options.z_loss_weight if traced[1] is None else traced[1]
-    axis, classes = options.axis, logits.shape[options.axis]
+    form = options.form(None)
+    return Coefficients(
+        label=product_of(share, label_weight, 1 - smoothing if form.uniform else None),
+        uniform=product_of(share, smoothing) if form.uniform else None,
+        z=product_of(share, z_loss_weight) if form.z else None,
+    )
+
+
+def stats_of(costs, keep, weight):
+    stats = Stats(
+        log_prob=costs.log_prob,
+        log_normalizer=costs.log_normalizer,
+        entropy=costs.entropy,
+        prediction=only(keep, costs.prediction, jnp.iinfo(jnp.int32).min),
+        weight=weight,
+    )
+    return jax.lax.stop_gradient(stats)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _cross_entropy(options, axis, logits, labels, class_weight, sample_weight, where, traced):
+    classes = logits.shape[axis]
     shape = logits.shape[:axis] + logits.shape[axis + 1 :]
+    form = options.form(axis)
 
     keep = counted(labels, where, options.ignore_index, shape)
     if by_index(labels):
         labels = only(keep, labels)  # 0 where ignored: in range
         report("cross_entropy", labels, classes)
-    form = Form(
-        axis=axis,
-        logit_softcap=options.logit_softcap,
-        uniform=options.label_smoothing != 0,
-        log_normalizer=options.z_loss_weight != 0,
-        stats=options.return_stats,
-    )
     in_sums = class_weight if form.uniform or not by_index(labels) else None
     rows = costs(form, *alike(logits, labels, in_sums), None if keep is None else jnp.expand_dims(keep, axis))
     rows = jax.tree.map(lambda row: only(keep, jnp.squeeze(row, axis)), rows)
 
     label_weight = weight_of(labels, class_weight, keep)
-    losses = weighted(label_weight, rows.label)
-    if form.uniform:
-        losses = weighted(jnp.asarray(1 - smoothing, losses.dtype), losses) + smoothing * rows.uniform
-    if form.log_normalizer:
-        losses += z_loss_weight * rows.log_normalizer**2
-    loss, weight = reduce(losses, keep, label_weight, sample_weight, options.reduction)
-    if not options.return_stats:
-        return loss
-    stats = Stats(
-        log_prob=rows.log_prob,
-        log_normalizer=rows.log_normalizer,
-        entropy=rows.entropy,
-        prediction=only(keep, rows.prediction, jnp.iinfo(jnp.int32).min),
-        weight=weight,
-    )
-    return loss, jax.lax.stop_gradient(stats)
+    share = share_of(sample_weight, keep, shape)
+    losses = weigh(coefficients_of(options, traced, label_weight, share), rows)
+    weight = denominator(label_weight, share, keep, shape, losses.dtype)
+    loss = reduce(losses, weight, options.reduction)
+    return (loss, stats_of(rows, keep, weight)) if options.return_stats else loss

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jxent import _checks
 from jxent._labels import alike, along, by_index, clipped, out_of_range, report, times
-from jxent._reduce import counted, only, reduce, weight_of, weighted
+from jxent._reduce import counted, denominator, only, product_of, reduce, share_of, weight_of, weighted
 from jxent._rows import again, class_sum, compute_dtype, pick, product
 
 
@@ -77,8 +77,9 @@ def _nll_loss(axis, ignore_index, reduction, log_probs, labels, class_weight, sa
     in_sums = None if by_index(labels) else class_weight
     costs = _costs(axis, *alike(log_probs, labels, in_sums), None if keep is None else jnp.expand_dims(keep, axis))
     label_weight = weight_of(labels, class_weight, keep)
-    losses = weighted(label_weight, only(keep, jnp.squeeze(jnp.asarray(costs), axis)))
-    return reduce(losses, keep, label_weight, sample_weight, reduction)[0]
+    share = share_of(sample_weight, keep, shape)
+    losses = weighted(product_of(share, label_weight), only(keep, jnp.squeeze(jnp.asarray(costs), axis)))
+    return reduce(losses, denominator(label_weight, share, keep, shape, losses.dtype), reduction)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -3,7 +3,12 @@
 Plain JAX, so that weights, masks and denominators have their true gradients without a rule of their own.
 """
 
+import functools
+import operator
+from typing import NamedTuple
+
 import jax.numpy as jnp
+from jax import Array
 
 from jxent._labels import by_index
 from jxent._rows import compute_dtype
@@ -48,27 +53,51 @@ def only(keep, values, other=0):
     return values if keep is None else jnp.where(keep, values, other)
 
 
-def reduce(losses, keep, label_weight, sample_weight, reduction):
-    """(loss, weight): the positions' losses reduced, and the denominator of the mean.
+class Coefficients(NamedTuple):
+    """What multiplies the costs of the same names; None multiplies nothing."""
 
-    `losses` are weighted by class already and 0 where a position does not count; `label_weight` is the weight of each
-    position's class, or None. The mean of nothing is nan, with a gradient of 0.
-    """
-    weight = label_weight
-    if sample_weight is not None:
-        sample_weight = sample_weight.astype(compute_dtype(sample_weight.dtype))
-        sample_weight = only(keep, jnp.broadcast_to(sample_weight, losses.shape))
-        losses = weighted(sample_weight, losses)
-        weight = sample_weight if weight is None else weight * sample_weight
+    label: Array | None = None
+    uniform: Array | None = None
+    z: Array | None = None
+
+
+def weigh(coefficients, costs):
+    """The losses of the positions: each cost times its coefficient, added up."""
+    pairs = zip(coefficients, costs, strict=False)
+    return functools.reduce(jnp.add, [weighted(c, cost) for c, cost in pairs if cost is not None])
+
+
+def share_of(sample_weight, keep, shape):
+    """The sample weights in full, 0 where a position does not count; None for None."""
+    if sample_weight is None:
+        return None
+    sample_weight = sample_weight.astype(compute_dtype(sample_weight.dtype))
+    return only(keep, jnp.broadcast_to(sample_weight, shape))
+
+
+def product_of(*factors):
+    """The product of those that are not None; None if all are."""
+    factors = [factor for factor in factors if factor is not None]
+    return functools.reduce(operator.mul, factors) if factors else None
+
+
+def denominator(label_weight, share, keep, shape, dtype):
+    """What the mean divides by: the weights of the positions that count, or their number."""
+    weight = product_of(label_weight, share)
     if weight is not None:
-        weight = jnp.sum(weight)
-    else:
-        # An integer sum: one of float32 ones may stop at 2**24.
-        ones = jnp.ones(losses.shape, jnp.int32) if keep is None else keep.astype(jnp.int32)
-        weight = jnp.sum(ones).astype(losses.dtype)
+        return jnp.sum(weight)
+    # An integer sum: one of float32 ones may stop at 2**24.
+    ones = jnp.ones(shape, jnp.int32) if keep is None else keep.astype(jnp.int32)
+    return jnp.sum(ones).astype(dtype)
+
+
+def mean(total, weight):
+    """The mean of nothing is nan, with a gradient of 0."""
+    return jnp.where(weight == 0, jnp.nan, total / jnp.where(weight == 0, 1, weight))
+
+
+def reduce(losses, weight, reduction):
     if reduction == "none":
-        return losses, weight
-    loss = jnp.sum(losses)
-    if reduction == "mean":
-        loss = jnp.where(weight == 0, jnp.nan, loss / jnp.where(weight == 0, 1, weight))
-    return loss, weight
+        return losses
+    total = jnp.sum(losses)
+    return mean(total, weight) if reduction == "mean" else total

@@ -174,7 +174,7 @@ def label_rows(function, name):
 
 def weight_rows(function):
     floating = "must be floating point"
-    classes, positions = rf"one weight per class, shape \({C},\)", rf"broadcast to the positions.*\({N},\)"
+    classes, positions = rf"one entry per class, shape \({C},\)", rf"broadcast to the positions.*\({N},\)"
     return (
         rows_of(
             function,

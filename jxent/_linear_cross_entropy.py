@@ -1,0 +1,159 @@
+"""`linear_cross_entropy`: arguments, the jit-compiled loss, and how many positions it takes at once."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jxent import _checks
+from jxent._blocks import blocks_of
+from jxent._cross_entropy import Stats, coefficients_of, options_of, stats_of
+from jxent._labels import alike, by_index, report
+from jxent._linear_costs import Inputs, Sweep, linear_costs, linear_total
+from jxent._reduce import Coefficients, counted, denominator, mean, only, reduce, share_of, weigh, weight_of
+from jxent._rows import compute_dtype
+
+
+def linear_cross_entropy(
+    hidden: Float[Array, "*positions features"],
+    kernel: Float[Array, "features vocab"] | Float[Array, "vocab features"],
+    labels: Int[Array, "*positions"] | Float[Array, "*positions vocab"],
+    *,
+    bias: Float[Array, " vocab"] | None = None,
+    vocab_axis: int = -1,
+    class_weight: Float[Array, " vocab"] | None = None,
+    sample_weight: Float[Array, "*#positions"] | None = None,
+    where: Bool[Array, "*#positions"] | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float | Float[Array, ""] = 0.0,
+    z_loss_weight: float | Float[Array, ""] = 0.0,
+    logit_softcap: float | None = None,
+    reduction: str = "mean",
+    return_stats: bool = False,
+    block_size: int | None = None,
+    recompute: bool = False,
+    precision: Any = None,
+) -> Float[Array, "..."] | tuple[Float[Array, "..."], Stats]:
+    r"""``cross_entropy(hidden @ kernel + bias, labels)`` in the memory of a few rows of logits, in nats.
+
+    The loss of a language model, or of any classifier of many classes, whose logits would not fit: they are computed,
+    turned into the loss and its gradients, and forgotten, `block_size` positions at a time. Value, options and
+    exactness are those of `cross_entropy`.
+
+    The mean and the sum take their gradients in the forward pass, with three matmuls in all, and keep them for the
+    backward pass, which scales them. Only what is differentiated is computed and kept: for a frozen `kernel` nothing of
+    its size is.
+
+    Args:
+      hidden: hidden states of any leading shape, float16, bfloat16, float32 or float64.
+      kernel: the output layer's weights, (features, vocab) as in ``flax.nnx.Linear.kernel``, or (vocab, features) with
+        ``vocab_axis=0`` as in ``flax.nnx.Embed.embedding`` and ``torch.nn.Linear.weight``. The matmuls take both
+        operands in the common dtype of `hidden` and `kernel` and accumulate in float32 (float64 for float64): for
+        bfloat16 matmuls both must be bfloat16.
+      labels: class indices, integers of the leading shape of `hidden`; or class probabilities, floating point with the
+        vocabulary as a last axis. See `cross_entropy`.
+      bias: added to the logits in at least float32. A class with a bias of -inf is masked.
+      vocab_axis: the axis of `kernel` that is the vocabulary, -1 or 0.
+      class_weight: one weight per class, shape (vocab,).
+      sample_weight: multiplies each position's loss and its share of the mean's denominator; broadcasts to the leading
+        shape of `hidden`.
+      where: boolean, broadcasts to the leading shape of `hidden`; False leaves a position out, whatever its hidden
+        state holds.
+      ignore_index: a position with this index label is left out.
+      label_smoothing: in [0, 1]; the share of each label that is spread evenly over the classes.
+      z_loss_weight: adds ``z_loss_weight * logsumexp(logits)**2`` to the loss of each position that counts.
+      logit_softcap: a Python number c > 0; the logits become ``c * tanh(logits / c)`` first.
+      reduction: ``"mean"``, ``"sum"`` or ``"none"``, as for `cross_entropy`. With ``"none"`` the gradients are computed
+        in the backward pass.
+      return_stats: also return `Stats`.
+      block_size: how many positions are in flight at once, at most. The temporaries are ``block_size * vocab`` logits
+        and as many gradients of logits; the answer does not depend on it. By default as many positions as have 64 MiB
+        of float32 logits on a CPU, but at least 256; elsewhere 1 GiB, and at least 1024. A larger block makes larger
+        matmuls and fewer updates of the kernel's gradient, a smaller one takes less memory.
+      recompute: compute the gradients in the backward pass, for a fourth matmul, so that no gradient is kept between
+        the two passes; ``reduction="none"`` always does.
+      precision: of the matmuls, as in `jax.lax.dot_general`. A TPU multiplies float32 in bfloat16 unless told
+        ``"highest"``, a GPU in TensorFloat-32.
+
+    Returns:
+      The loss in float32, or in float64 if an input is: a scalar, or for ``reduction="none"`` the leading shape of
+      `hidden`. With `return_stats`, the pair (loss, `Stats`).
+
+    Raises:
+      TypeError: an argument of the wrong type or dtype.
+      ValueError: an argument of the wrong shape or value.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jxent
+      >>> hidden = jax.random.normal(jax.random.key(0), (2, 8, 16))  # (batch, length, features)
+      >>> embedding = 0.1 * jax.random.normal(jax.random.key(1), (1000, 16))  # (vocab, features)
+      >>> labels = jxent.next_token_labels(jnp.arange(16).reshape(2, 8))
+      >>> loss = jxent.linear_cross_entropy(hidden, embedding, labels, vocab_axis=0)
+      >>> print(f"{loss:.4f} {jxent.cross_entropy(hidden @ embedding.T, labels):.4f}")
+      7.0115 7.0115
+
+    References:
+      Wijmans et al., Cut Your Losses in Large-Vocabulary Language Models, https://arxiv.org/abs/2411.09009. Hsu et al.,
+      Liger Kernel, https://arxiv.org/abs/2410.10989.
+      https://docs.pytorch.org/docs/2.13/generated/torch.nn.functional.linear_cross_entropy.html
+    """
+    name = "linear_cross_entropy"
+    hidden = _checks.floating(name, "hidden", hidden)
+    kernel = _checks.floating(name, "kernel", kernel)
+    vocab_axis = _checks.kernel_axis(name, hidden, kernel, vocab_axis)
+    classes = kernel.shape[vocab_axis]
+    logits = jax.ShapeDtypeStruct((*hidden.shape[:-1], classes), hidden.dtype)
+    axis = logits.ndim - 1
+    labels = _checks.class_labels(name, "hidden @ kernel", logits, labels, axis)
+    bias = _checks.per_class(name, "bias", bias, classes)
+    class_weight, sample_weight, where = _checks.weights(name, class_weight, sample_weight, where, logits, axis)
+    options, traced = options_of(
+        name, labels, ignore_index, label_smoothing, z_loss_weight, logit_softcap, reduction, return_stats
+    )
+    if block_size is None:
+        block_size = _default_block_size(classes)
+    form = options.form(axis)
+    sweep = Sweep(
+        form=form,
+        vocab_axis=vocab_axis,
+        blocks=blocks_of(hidden.shape[:-1], _checks.positive(name, "block_size", block_size)),
+        precision=_checks.matmul_precision(name, precision),
+    )
+    recompute = _checks.flag(name, "recompute", recompute)
+    in_sums = class_weight if form.uniform or not by_index(labels) else None
+    inputs = Inputs(hidden, kernel, bias, labels, in_sums, None)
+    return _linear_cross_entropy(options, sweep, recompute, inputs, class_weight, sample_weight, where, traced)
+
+
+def _default_block_size(classes):
+    budget, least = (64 * 2**20, 256) if jax.default_backend() == "cpu" else (2**30, 1024)
+    return max(least, budget // (4 * classes))
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _linear_cross_entropy(options, sweep, recompute, inputs, class_weight, sample_weight, where, traced):
+    labels, shape = inputs.labels, inputs.hidden.shape[:-1]
+    keep = counted(labels, where, options.ignore_index, shape)
+    if by_index(labels):
+        labels = only(keep, labels)  # 0 where ignored: in range
+        report("linear_cross_entropy", labels, inputs.kernel.shape[sweep.vocab_axis])
+    inputs = Inputs(*alike(*inputs._replace(labels=labels, keep=keep)))
+
+    label_weight = weight_of(labels, class_weight, keep)
+    share = share_of(sample_weight, keep, shape)
+    coefficients = coefficients_of(options, traced, label_weight, share)
+    dtype = compute_dtype(inputs.hidden.dtype, inputs.kernel.dtype)
+    weight = denominator(label_weight, share, keep, shape, dtype)
+    if options.reduction == "none" or recompute:
+        rows = linear_costs(sweep, inputs)
+        loss = reduce(weigh(coefficients, rows), weight, options.reduction)
+    else:
+        every = [
+            only(keep, jnp.broadcast_to(jnp.asarray(1 if c is None else c, dtype), shape)) if wanted else None
+            for c, wanted in zip(coefficients, (True, sweep.form.uniform, sweep.form.z), strict=True)
+        ]
+        loss, rows = linear_total(sweep, inputs, Coefficients(*every))
+        loss = mean(loss, weight) if options.reduction == "mean" else loss
+    return (loss, stats_of(rows, keep, weight)) if options.return_stats else loss
