@@ -88,7 +88,11 @@ def class_axis(function, name, value, axis):
 
 
 def class_labels(function, name, logits, labels, axis):
-    """Class indices (any integer dtype, at least 32 bits on return) or class probabilities, by dtype and shape."""
+    """Class indices (any integer dtype, at least 32 bits on return) or class probabilities, by dtype and shape.
+
+    Only the shape of `logits` is read. `name` is what the caller calls them, or None for `linear_cross_entropy`, which
+    has hidden states instead and no axis to choose.
+    """
     if (
         isinstance(labels, np.ndarray)
         and labels.dtype.kind in "iu"
@@ -100,10 +104,14 @@ def class_labels(function, name, logits, labels, axis):
     shape = logits.shape[:axis] + logits.shape[axis + 1 :]
     if jnp.issubdtype(labels.dtype, jnp.integer):
         if labels.shape != shape:
-            raise ValueError(
-                f"{function}: integer labels must have the shape of {name} without its class axis, {shape} for {name} "
-                f"of shape {logits.shape} with axis={axis}, got {labels.shape}{_index_remedy(logits, labels, shape)}"
-            )
+            wanted = f"the leading shape of hidden, {shape}"
+            if name is not None:
+                wanted = (
+                    f"the shape of {name} without its class axis, {shape} for {name} of shape {logits.shape} with "
+                    f"axis={axis}"
+                )
+            remedy = _index_remedy(logits, labels, shape, has_axis=name is not None)
+            raise ValueError(f"{function}: integer labels must have {wanted}, got {labels.shape}{remedy}")
         return labels.astype(jnp.promote_types(labels.dtype, jnp.int32)) if labels.dtype.itemsize < 4 else labels
     if labels.dtype not in FLOATING:
         raise TypeError(
@@ -112,19 +120,20 @@ def class_labels(function, name, logits, labels, axis):
         )
     if labels.shape != logits.shape:
         remedy = "; if they are class indices, convert them with .astype(jnp.int32)" if labels.shape == shape else ""
+        wanted = "the leading shape of hidden and the vocabulary" if name is None else f"the shape of {name}"
         raise ValueError(
-            f"{function}: floating-point labels are class probabilities and must have the shape of {name}, "
-            f"{logits.shape}, got {labels.shape}{remedy}"
+            f"{function}: floating-point labels are class probabilities and must have {wanted}, {logits.shape}, got "
+            f"{labels.shape}{remedy}"
         )
     return labels
 
 
-def _index_remedy(logits, labels, shape):
+def _index_remedy(logits, labels, shape, has_axis):
     if labels.shape == logits.shape:
         return "; if they are one-hot, convert them with .astype(jnp.float32)"
-    if logits.ndim > 1 and labels.shape == logits.shape[:1] + logits.shape[2:]:
+    if has_axis and logits.ndim > 1 and labels.shape == logits.shape[:1] + logits.shape[2:]:
         return "; for PyTorch's layout (N, C, d1, ..., dk) pass axis=1"
-    if logits.ndim > 1 and labels.shape == logits.shape[:-1]:
+    if has_axis and logits.ndim > 1 and labels.shape == logits.shape[:-1]:
         return "; for classes on the last axis pass axis=-1"
     if math.prod(labels.shape) == math.prod(shape) and 1 in labels.shape:
         return f"; drop the axes of size 1 with .reshape({shape})"
@@ -152,7 +161,10 @@ def kernel_axis(function, hidden, kernel, vocab_axis):
             f"shape {hidden.shape} and {features} in kernel {layout} of shape {kernel.shape}{remedy}"
         )
     if kernel.shape[vocab_axis] == 0:
-        raise ValueError(f"{function}: kernel must have at least one class, got shape {kernel.shape}")
+        shown = -1 if vocab_axis else 0
+        raise ValueError(
+            f"{function}: kernel must have at least one class, got shape {kernel.shape} with vocab_axis={shown}"
+        )
     return vocab_axis
 
 
@@ -172,12 +184,16 @@ def positive(function, name, value):
 
 def matmul_precision(function, value):
     """What `jax.lax.dot_general` takes for its precision, checked by asking it."""
+    value = tuple(value) if isinstance(value, list) else value
     try:
         jax.eval_shape(lambda a: jax.lax.dot(a, a, precision=value), jax.ShapeDtypeStruct((1, 1), jnp.float32))
-        hash(value)
     except (TypeError, ValueError) as error:
-        raise type(error)(f"{function}: precision must be one that jax.lax.dot_general takes; {error}") from error
-    return tuple(value) if isinstance(value, list) else value
+        kind = ValueError if isinstance(value, str | tuple) else TypeError
+        raise kind(
+            f'{function}: precision must be None, a string such as "highest", a jax.lax.Precision, a pair of these, or '
+            f"a dot algorithm, as for jax.lax.dot_general, got {_shown(value)}"
+        ) from error
+    return value
 
 
 def broadcastable(function, name, value, shape, what):

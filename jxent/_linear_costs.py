@@ -75,7 +75,11 @@ def _block(sweep, wanted, inputs, coefficients):
         if "kernel" in wanted:
             grads["kernel"] = _kernel_gradient(sweep, h, g, positions)
         if "bias" in wanted:
-            grads["bias"] = jnp.sum(dlogits, positions)
+            # Once more, for the sum alone: for two uses at once XLA:CPU would write every term of the gradient. And
+            # with a selection that changes nothing, because the sum would fuse with the arithmetic before it.
+            (residuals, to_costs), _ = lax.optimization_barrier(((residuals, to_costs), g))
+            terms = costs_bwd(sweep.form, residuals, to_costs)[0]
+            grads["bias"] = jnp.sum(jnp.where(terms == jnp.inf, jnp.inf, terms), positions)
         if "labels" in wanted:
             grads["labels"] = dlabels
         if "class_weight" in wanted:

@@ -1,5 +1,6 @@
 """`linear_cross_entropy`: arguments, the jit-compiled loss, and how many positions it takes at once."""
 
+import math
 from functools import partial
 from typing import Any
 
@@ -69,9 +70,9 @@ def linear_cross_entropy(
         in the backward pass.
       return_stats: also return `Stats`.
       block_size: how many positions are in flight at once, at most. The temporaries are ``block_size * vocab`` logits
-        and as many gradients of logits; the answer does not depend on it. By default as many positions as have 64 MiB
-        of float32 logits on a CPU, but at least 256; elsewhere 1 GiB, and at least 1024. A larger block makes larger
-        matmuls and fewer updates of the kernel's gradient, a smaller one takes less memory.
+        and as many gradients of logits; the answer does not depend on it. The default is an eighth of the positions,
+        or as many as have 64 MiB of float32 logits if that is less, but at least 256; on a GPU or TPU 1 GiB and 1024.
+        A larger block makes larger matmuls and fewer updates of the kernel's gradient, a smaller one takes less memory.
       recompute: compute the gradients in the backward pass, for a fourth matmul, so that no gradient is kept between
         the two passes; ``reduction="none"`` always does.
       precision: of the matmuls, as in `jax.lax.dot_general`. A TPU multiplies float32 in bfloat16 unless told
@@ -100,20 +101,20 @@ def linear_cross_entropy(
       https://docs.pytorch.org/docs/2.13/generated/torch.nn.functional.linear_cross_entropy.html
     """
     name = "linear_cross_entropy"
-    hidden = _checks.floating(name, "hidden", hidden)
+    hidden = _checks.floating(name, "hidden", hidden, "convert it with .astype(jnp.float32), or swap it with labels")
     kernel = _checks.floating(name, "kernel", kernel)
     vocab_axis = _checks.kernel_axis(name, hidden, kernel, vocab_axis)
     classes = kernel.shape[vocab_axis]
     logits = jax.ShapeDtypeStruct((*hidden.shape[:-1], classes), hidden.dtype)
     axis = logits.ndim - 1
-    labels = _checks.class_labels(name, "hidden @ kernel", logits, labels, axis)
+    labels = _checks.class_labels(name, None, logits, labels, axis)
     bias = _checks.per_class(name, "bias", bias, classes)
     class_weight, sample_weight, where = _checks.weights(name, class_weight, sample_weight, where, logits, axis)
     options, traced = options_of(
         name, labels, ignore_index, label_smoothing, z_loss_weight, logit_softcap, reduction, return_stats
     )
     if block_size is None:
-        block_size = _default_block_size(classes)
+        block_size = _default_block_size(math.prod(hidden.shape[:-1]), classes)
     form = options.form(axis)
     sweep = Sweep(
         form=form,
@@ -127,9 +128,9 @@ def linear_cross_entropy(
     return _linear_cross_entropy(options, sweep, recompute, inputs, class_weight, sample_weight, where, traced)
 
 
-def _default_block_size(classes):
-    budget, least = (64 * 2**20, 256) if jax.default_backend() == "cpu" else (2**30, 1024)
-    return max(least, budget // (4 * classes))
+def _default_block_size(positions, classes):
+    least, budget = (256, 64 * 2**20) if jax.default_backend() == "cpu" else (1024, 2**30)
+    return max(least, min(positions // 8, budget // (4 * classes)))
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))

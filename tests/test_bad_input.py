@@ -16,12 +16,13 @@ from jax.experimental import checkify
 
 import jxent
 
-N, C = 5, 7
+N, C, F = 5, 7, 3
 RNG = np.random.default_rng(20240611)
 LOGITS = RNG.normal(size=(N, C)).astype(np.float32)
 LABELS = np.array([1, 0, 6, 3, 2])
 PROBABILITIES = RNG.dirichlet(np.ones(C), N).astype(np.float32)
 LOSSES = {"nll_loss": "log_probs", "cross_entropy": "logits"}
+LINEAR = "linear_cross_entropy"
 SOFTMAXES = ("logsumexp", "softmax", "log_softmax")
 
 # --- the table --------------------------------------------------------------------------------------------------------
@@ -56,6 +57,8 @@ def good(function):
         return {"tokens": jnp.asarray(LABELS, jnp.int32)}
     if function in SOFTMAXES:
         return {"logits": jnp.asarray(LOGITS)}
+    if function == LINEAR:
+        return {"hidden": floats(N, F), "kernel": floats(F, C), "labels": jnp.asarray(LABELS, jnp.int32)}
     return {LOSSES[function]: jnp.asarray(LOGITS), "labels": jnp.asarray(LABELS, jnp.int32)}
 
 
@@ -141,6 +144,9 @@ def label_rows(function, name):
     kind = r"must be integers \(class indices\) or floating point \(class probabilities\)"
     index = f"integer labels must have the shape of {name} without its class axis"
     probability = f"class probabilities and must have the shape of {name}"
+    if function == LINEAR:
+        index = "integer labels must have the leading shape of hidden"
+        probability = "class probabilities and must have the leading shape of hidden and the vocabulary"
     flat = rows_of(
         function,
         "labels",
@@ -149,7 +155,7 @@ def label_rows(function, name):
         ("float8", jnp.ones((N, C), jnp.float8_e4m3fn), TypeError, kind, "got float8_e4m3fn"),
         ("none", None, TypeError, "must be an array", "got None"),
         ("text", "cat", TypeError, "must be an array", "got 'cat'"),
-        ("index-short", ints(N - 1), ValueError, index, rf"\({N},\)", rf"\({N}, {C}\)", rf"got \({N - 1},\)"),
+        ("index-short", ints(N - 1), ValueError, index, rf"\({N},\)", rf"got \({N - 1},\)"),
         ("index-scalar", ints(), ValueError, index, rf"\({N},\)", r"got \(\)"),
         ("index-column", ints(N, 1), ValueError, index, rf"got \({N}, 1\)", rf"\.reshape\(\({N},\)\)"),
         ("index-row", ints(1, N), ValueError, index, rf"got \(1, {N}\)", rf"\.reshape\(\({N},\)\)"),
@@ -159,6 +165,8 @@ def label_rows(function, name):
         ("probability-scalar", floats(), ValueError, probability, r"got \(\)"),
         ("float-indices", floats(N), ValueError, probability, rf"got \({N},\)", r"indices.*\.astype\(jnp\.int32\)"),
     )
+    if function == LINEAR:
+        return flat
     scores = {name: floats(2, C, 3)}
     torch_layout = rows_of(
         function, "labels", ("torch-layout", ints(2, 3), ValueError, index, r"got \(2, 3\)", "axis=1"), **scores
@@ -267,8 +275,8 @@ def scalar_rows(function, name, wanted, values):
     )
 
 
-def cross_entropy_only_rows():
-    function = "cross_entropy"
+def cross_entropy_rows(function):
+    """Of what `nll_loss` does not take."""
     positive = "must be positive and finite"
     number = "must be None or a Python number"
     return (
@@ -284,6 +292,80 @@ def cross_entropy_only_rows():
             *((str(v), v, ValueError, positive, f"got {v}", "None") for v in (0, -30.0, float("nan"), float("inf"))),
         )
         + flag_rows(function, "return_stats")
+    )
+
+
+def linear_rows():
+    function, integer = LINEAR, "must be a Python integer"
+    shapes = rf"got {F} in hidden of shape \({N}, {F}\) and"
+    return (
+        scores_rows(function, "hidden")
+        + scores_rows(function, "kernel")
+        + rows_of(function, "hidden", ("scalar", floats(), ValueError, "needs a features axis", "got a scalar"))
+        + rows_of(
+            function,
+            "kernel",
+            ("scalar", floats(), ValueError, "two axes, features and vocabulary", r"got shape \(\)"),
+            ("vector", floats(F), ValueError, "two axes, features and vocabulary", rf"got shape \({F},\)"),
+            ("rank-3", floats(1, F, C), ValueError, "two axes", rf"got shape \(1, {F}, {C}\)"),
+            ("features", floats(F + 1, C), ValueError, "number of features", shapes, rf"\({F + 1}, {C}\)$"),
+            ("vocab-first", floats(C, F), ValueError, shapes, rf"{C} in .*\({C}, {F}\)", "pass vocab_axis=0$"),
+            ("no-classes", floats(F, 0), ValueError, "at least one class", rf"got shape \({F}, 0\)"),
+        )
+        + rows_of(
+            function,
+            "kernel",
+            ("features-first", floats(F, C), ValueError, shapes, rf"{C} in .*\({F}, {C}\)", "pass vocab_axis=-1$"),
+            ("features-last", floats(C, F + 1), ValueError, "number of features", shapes, rf"\({C}, {F + 1}\)$"),
+            ("no-classes-first", floats(0, F), ValueError, "at least one class", rf"got shape \(0, {F}\)"),
+            vocab_axis=0,
+        )
+        + rows_of(
+            function,
+            "bias",
+            ("int", ints(C), TypeError, "must be floating point", "got int32", "astype"),
+            ("flag", True, TypeError, "must be floating point", "got bool"),
+            ("text", "zeros", TypeError, "must be an array", "got 'zeros'"),
+            ("short", floats(C - 1), ValueError, "one entry per class", rf"\({C},\)", rf"got \({C - 1},\)"),
+            ("features", floats(F), ValueError, "one entry per class", rf"\({C},\)", rf"got \({F},\)"),
+            ("row", floats(1, C), ValueError, "one entry per class", rf"\({C},\)", rf"got \(1, {C}\)"),
+            ("scalar", floats(), ValueError, "one entry per class", r"got \(\)"),
+        )
+        + rows_of(
+            function,
+            "vocab_axis",
+            ("too-large", 2, ValueError, "must be -1 or 0", "got 2"),
+            ("too-small", -3, ValueError, "must be -1 or 0", "got -3"),
+            ("float", 0.0, TypeError, integer, r"got 0.0 \(float\)"),
+            ("bool", False, TypeError, integer, "got False"),
+            ("none", None, TypeError, integer, "got None"),
+            ("array", jnp.int32(0), TypeError, integer, "got ", STATIC),
+        )
+        + label_rows(function, None)
+        + weight_rows(function)
+        + option_rows(function)
+        + cross_entropy_rows(function)
+        + rows_of(
+            function,
+            "block_size",
+            ("zero", 0, ValueError, "must be at least 1", "got 0"),
+            ("negative", -8, ValueError, "must be at least 1", "got -8"),
+            ("float", 2.0, TypeError, integer, r"got 2.0 \(float\)"),
+            ("bool", True, TypeError, integer, "got True"),
+            ("text", "auto", TypeError, integer, "got 'auto'"),
+            ("array", jnp.int32(2), TypeError, integer, "got ", STATIC),
+        )
+        + flag_rows(function, "recompute")
+        + rows_of(
+            function,
+            "precision",
+            ("text", "best", ValueError, "dot_general", "best"),
+            ("texts", ["best", "worst"], ValueError, "dot_general", "best"),
+            ("number", 3, TypeError, "dot_general", r"got 3 \(int\)"),
+            ("one-of-two", ("highest", "best"), ValueError, "dot_general", "best"),
+            ("unhashable", {"tpu": "highest"}, TypeError, "dot_general", "tpu"),
+            ("array", jnp.float32(3), TypeError, "dot_general", "got ", STATIC),
+        )
     )
 
 
@@ -323,7 +405,7 @@ def next_token_rows():
 
 ROWS = [row for function in SOFTMAXES for row in softmax_rows(function)]
 ROWS += [row for function, name in LOSSES.items() for row in loss_rows(function, name)]
-ROWS += cross_entropy_only_rows() + next_token_rows()
+ROWS += cross_entropy_rows("cross_entropy") + linear_rows() + next_token_rows()
 
 
 def rows(**keywords):
@@ -367,13 +449,13 @@ def test_raises(row, how):
     assert_says(row, str(raised.value))
 
 
-@pytest.mark.parametrize("function", [*SOFTMAXES, *LOSSES, "next_token_labels"])
+@pytest.mark.parametrize("function", [*SOFTMAXES, *LOSSES, LINEAR, "next_token_labels"])
 def test_good_call_raises_nothing(function):
     """The rows change one argument of this call, so what they raise comes from that one."""
     getattr(jxent, function)(**good(function))
 
 
-@pytest.mark.parametrize("function", [*SOFTMAXES, *LOSSES, "next_token_labels"])
+@pytest.mark.parametrize("function", [*SOFTMAXES, *LOSSES, LINEAR, "next_token_labels"])
 def test_options_are_keyword_only(function):
     arrays = list(good(function).values())
     extra = {"logsumexp": [1], "softmax": [1], "log_softmax": [1]}.get(function, [])
@@ -382,6 +464,19 @@ def test_options_are_keyword_only(function):
 
 
 # --- good input that looks like bad input -----------------------------------------------------------------------------
+
+
+def loss_of(function):
+    """The loss as a function of scores and labels.
+
+    With the identity for a kernel, the scores are the hidden states of `linear_cross_entropy` and also its logits. Of
+    its blocks of two positions the last one holds a position of the block before it too.
+    """
+    if function == LINEAR:
+        return lambda scores, labels, **options: jxent.linear_cross_entropy(
+            scores, np.eye(C, dtype=np.float32), labels, block_size=2, **options
+        )
+    return getattr(jxent, function)
 
 
 def test_array_likes_are_taken():
@@ -396,9 +491,9 @@ def test_ends_of_the_range_of_label_smoothing(smoothing):
     assert np.isfinite(jxent.cross_entropy(LOGITS, LABELS, label_smoothing=smoothing))
 
 
-@pytest.mark.parametrize("function", LOSSES)
+@pytest.mark.parametrize("function", [*LOSSES, LINEAR])
 def test_no_positions(function):
-    call = partial(getattr(jxent, function), LOGITS[:0], LABELS[:0])
+    call = partial(loss_of(function), LOGITS[:0], LABELS[:0])
     assert np.isnan(call())
     assert call(reduction="sum") == 0
     assert call(reduction="none").shape == (0,)
@@ -436,6 +531,9 @@ OPTIONS = {
         "class_weight": {"class_weight": CLASS_WEIGHT},
         "sample_weight": {"sample_weight": np.linspace(0.5, 1.5, N, dtype=np.float32)},
     },
+    LINEAR: {
+        "all": {"label_smoothing": 0.1, "z_loss_weight": 0.1, "class_weight": CLASS_WEIGHT, "logit_softcap": 3.0},
+    },
 }
 OPTION_SETS = [(function, name) for function, sets in OPTIONS.items() for name in sets]
 
@@ -450,7 +548,7 @@ def loss_and_gradient(function, **options):
     """A compiled function of (scores, labels): the loss, and the gradient of its sum with respect to the scores."""
 
     def summed(scores, labels):
-        out = getattr(jxent, function)(scores, labels, **options)
+        out = loss_of(function)(scores, labels, **options)
         loss = out[0] if options.get("return_stats") else out
         return jnp.sum(loss), loss
 
@@ -496,7 +594,7 @@ def test_label_out_of_range_in_each_dtype(function, dtype):
     assert_bad_row_alone(loss_and_gradient(function, reduction="none"), dtype, "none")
 
 
-@pytest.mark.parametrize("function", LOSSES)
+@pytest.mark.parametrize("function", [*LOSSES, LINEAR])
 def test_label_out_of_range_in_int64(function, x64):
     assert_bad_row_alone(loss_and_gradient(function, reduction="none"), "int64", "none")
 
@@ -524,6 +622,17 @@ def test_label_out_of_range_in_stats():
         np.testing.assert_array_equal(getattr(stats, name)[others], getattr(expected, name)[others])
     np.testing.assert_array_equal(stats.prediction, expected.prediction)
     assert stats.weight == expected.weight == N
+
+
+def test_label_out_of_range_of_a_shared_kernel():
+    """Every position's logits are of the one kernel, so a bad label makes all of its gradient NaN."""
+    run = jax.jit(jax.grad(jxent.linear_cross_entropy, argnums=(0, 1)), static_argnames="block_size")
+    hidden, kernel = jnp.asarray(LOGITS), jnp.eye(C)
+    _, expected = run(hidden, kernel, with_label(C - 1, "int32"), block_size=2)
+    gradient, of_kernel = run(hidden, kernel, with_label(C, "int32"), block_size=2)
+    assert np.isfinite(expected).all()
+    assert np.isnan(of_kernel).all()
+    np.testing.assert_array_equal(np.isnan(gradient).all(1), np.arange(N) == BAD)
 
 
 @pytest.mark.parametrize(("function", "options"), OPTION_SETS)
@@ -566,7 +675,7 @@ def checked(call):
 
 def summed_loss(function, **options):
     def loss(scores, labels):
-        out = getattr(jxent, function)(scores, labels, **options)
+        out = loss_of(function)(scores, labels, **options)
         return jnp.sum(out[0] if options.get("return_stats") else out)
 
     return loss
@@ -599,8 +708,13 @@ def assert_names_label(error, function, label):
         error.throw()
 
 
-@pytest.mark.parametrize("how", CHECKED)
-@pytest.mark.parametrize("function", LOSSES)
+@pytest.mark.parametrize(
+    ("function", "how"),
+    [
+        *((function, how) for function in LOSSES for how in CHECKED),
+        *((LINEAR, how) for how in ("eager", "jit-of-grad", "vmap-of-grad", "checkpoint")),
+    ],
+)
 def test_checkify_names_the_label(function, how):
     run = CHECKED[how](summed_loss(function))
     error, _ = run(jnp.asarray(LOGITS), with_label(-1, "int32"))
@@ -649,12 +763,12 @@ def test_checkify_leaves_excluded_labels_alone(function):
     assert checked(summed_loss(function))(LOGITS[:0], LABELS[:0])[0].get() is None
 
 
-@pytest.mark.parametrize("function", LOSSES)
+@pytest.mark.parametrize("function", [*LOSSES, LINEAR])
 def test_checkify_leaves_probabilities_alone(function):
     assert checked(summed_loss(function))(LOGITS, PROBABILITIES)[0].get() is None
 
 
-@pytest.mark.parametrize("function", LOSSES)
+@pytest.mark.parametrize("function", [*LOSSES, LINEAR])
 def test_without_checkify_the_check_costs_nothing(function):
     """No effect, no callback, no output in the program: the loss alone."""
     call = jax.jit(summed_loss(function))
@@ -667,7 +781,7 @@ def test_without_checkify_the_check_costs_nothing(function):
     assert jax.tree.structure(lowered.out_info).num_leaves == 1
 
 
-@pytest.mark.parametrize("function", LOSSES)
+@pytest.mark.parametrize("function", [*LOSSES, LINEAR])
 def test_unchecked_calls_work_where_effects_do_not(function):
     """A label out of range raises nothing under transformations that refuse effects; it is NaN."""
     call = summed_loss(function)

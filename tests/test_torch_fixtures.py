@@ -2,7 +2,8 @@
 
 Each case is checked twice: against PyTorch in the dtype of the case, as closely as PyTorch's own
 rounding allows, and against PyTorch in float64 for the same inputs, where jxent has to be right to
-a few ulps of the dtype it computes in.
+a few ulps of the dtype it computes in. `linear_cross_entropy` runs each case in blocks of two kinds,
+with the kernel as PyTorch has it and transposed.
 """
 
 import contextlib
@@ -22,8 +23,13 @@ import pytest
 import jxent
 
 FIXTURES = Path(__file__).parent / "fixtures"
-FILES = ("cross_entropy.npz", "nll_loss.npz", "softmax.npz")
-LOSSES = ("cross_entropy", "nll_loss")
+FILES = ("cross_entropy.npz", "linear_cross_entropy.npz", "nll_loss.npz", "softmax.npz")
+LINEAR = "linear_cross_entropy"
+LOSSES = ("cross_entropy", "nll_loss", LINEAR)
+
+# Layouts of the kernel: PyTorch's, and its transpose. With each goes a number of positions per block: of the ten that
+# there are, 4 makes blocks of neighbours that overlap, 5 strided ones.
+LAYOUTS = {"vocab-first": {"vocab_axis": 0, "block_size": 4}, "vocab-last": {"vocab_axis": -1, "block_size": 5}}
 
 # How many roundings PyTorch and jxent may differ by, per unit of the error terms in `allowed`.
 ULPS = 8
@@ -85,6 +91,8 @@ def collected(key: Callable[[Case], Any], cases: list[Case]) -> dict[Any, list[C
 
 FLOAT64 = {case.title: case for case in CASES if case.dtype == "float64"}
 GROUPS = collected(lambda case: (case.function, case.topic, case.dtype, case.rank), CASES)
+LINEAR_GROUPS = {group: cases for group, cases in GROUPS.items() if group[0] == LINEAR}
+LOGITS_GROUPS = {group: cases for group, cases in GROUPS.items() if group[0] != LINEAR}
 
 
 def in_float64(case: Case) -> Case:
@@ -102,6 +110,8 @@ def class_axis(case: Case) -> int:
 
 def jxent_options(case: Case) -> dict[str, Any]:
     """The case's options under jxent's names."""
+    if case.function == LINEAR:
+        return case.options
     if case.function in LOSSES:
         return case.options if case.rank == 1 else case.options | {"axis": 1}
     names = {"dim": "axis", "keepdim": "keepdims"}
@@ -118,8 +128,8 @@ class Call(NamedTuple):
     upstream: str  # the cotangent's name among the arrays
 
 
-def call_of(case: Case) -> Call:
-    options = tuple(jxent_options(case).items())
+def call_of(case: Case, layout: dict[str, int]) -> Call:
+    options = tuple((jxent_options(case) | layout).items())
     upstream = "one" if case.cotangent is None else str(case.cotangent.shape)
     return Call(case.function, options, tuple(case.inputs), tuple(case.gradients), upstream)
 
@@ -137,23 +147,36 @@ def run_calls(calls: tuple[Call, ...], arrays: dict[str, jax.Array]):
 def run_call(call: Call, arrays: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
     def function(differentiated):
         arguments = {name: arrays[name] for name in call.arguments} | differentiated
-        weights = {"class_weight": arguments.pop("class_weight", None)}
-        weights = weights if call.function in LOSSES else {}
-        # What is left, (logits,) or (scores, labels), is in the order of the signature.
-        return getattr(jxent, call.function)(*arguments.values(), **weights, **dict(call.options))
+        optional = {name: arguments.pop(name) for name in ("bias", "class_weight") if name in arguments}
+        # What is left, (logits,), (scores, labels) or (hidden, kernel, labels), is in the order of the signature.
+        return getattr(jxent, call.function)(*arguments.values(), **optional, **dict(call.options))
 
     value, pull_back = jax.vjp(function, {name: arrays[name] for name in call.differentiated})
     (gradients,) = pull_back(arrays[call.upstream].astype(value.dtype))
     return value, gradients
 
 
-def run_jxent(cases: list[Case]):
-    """The value and gradients of cases that share their data."""
+def run_jxent(cases: list[Case], **layout: int):
+    """The value and gradients of cases that share their data; how PyTorch chunked them makes no difference here."""
     arrays = {"one": np.float32(1)}
     for case in cases:
         arrays |= case.inputs
         arrays |= {} if case.cotangent is None else {str(case.cotangent.shape): case.cotangent}
-    return run_calls(tuple(map(call_of, cases)), jax.tree.map(jnp.asarray, arrays))
+    calls = [call_of(case, layout) for case in cases]
+    once = tuple(dict.fromkeys(calls))
+    results = dict(zip(once, run_calls(once, jax.tree.map(jnp.asarray, arrays)), strict=True))
+    return [results[call] for call in calls]
+
+
+def run_linear(cases: list[Case], vocab_axis: int, block_size: int):
+    """As `run_jxent`; the kernel and its gradient change their layout on the way in and out."""
+
+    def to_layout(kernel):
+        return kernel if vocab_axis == 0 else kernel.T
+
+    moved = [case._replace(inputs=case.inputs | {"kernel": to_layout(case.inputs["kernel"])}) for case in cases]
+    for value, gradients in run_jxent(moved, vocab_axis=vocab_axis, block_size=block_size):
+        yield value, gradients | {"kernel": to_layout(gradients["kernel"])}
 
 
 # Comparing
@@ -209,8 +232,34 @@ class Terms(NamedTuple):
     torch: np.ndarray | float
 
 
+def linear_terms(case: Case, name: str, expected: np.ndarray) -> Terms:
+    """Of linear_cross_entropy: the value's, or those of a gradient.
+
+    Its logits are exact. So log p and p err by a few roundings of 1 + |log p|, and p (1 + |log p|) < 2: the errors of
+    a logit's gradient have the size of the position's coefficient (weight times cotangent). Then come sums over
+    classes or positions, of products with the other factor of the matmul. In float64 all of that allows 3e-13, and
+    2e-12 for class weights, whose gradient is a sum of -log p of either sign.
+    """
+    positions = case.inputs["hidden"].size // case.inputs["hidden"].shape[-1]
+    coefficient = max(1.0, largest(case.inputs.get("class_weight"))) * max(1.0, largest(case.cotangent))
+    total = coefficient if case.options["reduction"] == "mean" else positions * coefficient
+    if name == "hidden":
+        size = coefficient * np.abs(case.inputs["kernel"]).sum(0).max()
+    elif name == "kernel":
+        size = total * largest(case.inputs["hidden"])
+    elif name in ("value", "bias"):
+        size = total + np.abs(expected)
+    elif name == "class_weight":
+        size = total * (1 + largest(expected))
+    else:  # of a label, -log p
+        size = coefficient + np.abs(expected)
+    return Terms(size, size)
+
+
 def value_terms(case: Case, expected: np.ndarray) -> Terms:
     size = np.abs(expected)
+    if case.function == LINEAR:
+        return linear_terms(case, "value", expected)
     if case.function == "softmax":
         return Terms(size * (1 + distance(case)), size * (1 + distance(case)))
     if case.function == "log_softmax":
@@ -232,6 +281,8 @@ def value_terms(case: Case, expected: np.ndarray) -> Terms:
 
 def gradient_terms(case: Case, name: str, expected: np.ndarray) -> Terms:
     size, upstream = np.abs(expected), largest(case.cotangent)
+    if case.function == LINEAR:
+        return linear_terms(case, name, expected)
     if case.function == "nll_loss":
         return Terms(size, size)
     if name == "labels":  # -log p, so as for the losses
@@ -296,13 +347,27 @@ def check_case(case: Case, value: jax.Array, gradients: dict[str, jax.Array]) ->
             check(what, gradient, expected, allowed(reference, gradient.dtype, terms, expected))
 
 
-@pytest.mark.parametrize("group", GROUPS, ids=lambda group: "-".join(map(str, group)))
-def test_agrees_with_pytorch(group):
+def check_group(group: tuple[Any, ...], run: Callable[[list[Case]], Any]) -> None:
     *_, dtype, _ = group
     with jax.enable_x64(True) if dtype == "float64" else contextlib.nullcontext():
         for cases in collected(lambda case: case.data, GROUPS[group]).values():
-            for case, (value, gradients) in zip(cases, run_jxent(cases), strict=True):
+            for case, (value, gradients) in zip(cases, run(cases), strict=True):
                 check_case(case, value, gradients)
+
+
+def groups(table: dict[tuple[Any, ...], list[Case]]):
+    return pytest.mark.parametrize("group", table, ids=lambda group: "-".join(map(str, group)))
+
+
+@groups(LOGITS_GROUPS)
+def test_agrees_with_pytorch(group):
+    check_group(group, run_jxent)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@groups(LINEAR_GROUPS)
+def test_linear_cross_entropy_agrees_with_pytorch(group, layout):
+    check_group(group, partial(run_linear, **LAYOUTS[layout]))
 
 
 # The fixtures themselves
