@@ -42,6 +42,7 @@ class Form(NamedTuple):
     uniform: bool
     z: bool
     stats: bool
+    room: bool = False  # for an array of the logits' size, as beside the logits of a block
 
 
 class Costs(NamedTuple):
@@ -64,6 +65,7 @@ class Residuals(NamedTuple):
     top: Array  # this and the rest are row arrays
     log_z: Array
     log_normalizer: Array
+    exp: Array | None  # of the logits' shape, see `Rows`
     label_cost: Array
     present: Array | None  # how many classes are not masked
     mean_weight: Array | None  # their mean class weight
@@ -94,7 +96,7 @@ def costs_fwd(form, logits, labels, class_weight, keep):
     left_out = index if isinstance(classes, int) and classes <= 2**24 else None  # float32 counts no further
     if form.uniform or form.z or form.stats:
         left_out = None
-    top, log_z, log_normalizer = normalizer(logits, left_out, axis, cap, dtype)
+    top, log_z, log_normalizer, exp = normalizer(logits, left_out, axis, cap, dtype, form.room)
     if by_index(labels):
         log_z = jnp.where(out_of_range(jnp.expand_dims(labels, form.axis), classes), jnp.nan, log_z)
         label_cost = log_z - centered(pick(logits, index, form.axis), top, cap, jnp.ones((), dtype))
@@ -125,7 +127,7 @@ def costs_fwd(form, logits, labels, class_weight, keep):
             log_prob = -class_sum(product(q.astype(dtype), log_z_ - centered(x, top_, cap, unit), unit), axis)
         prediction = jnp.expand_dims(lax.argmax(logits, form.axis, jnp.int32), form.axis)
         out = out._replace(log_normalizer=log_normalizer, log_prob=log_prob, entropy=entropy, prediction=prediction)
-    rows = top, log_z, log_normalizer, label_cost, present, mean_weight
+    rows = top, log_z, log_normalizer, exp, label_cost, present, mean_weight
     return out, Residuals(logits, labels, class_weight, keep, *rows)
 
 
@@ -139,7 +141,7 @@ def costs_fwd(form, logits, labels, class_weight, keep):
 # In the second and third line one class may have p near 1, and p Q - q w cancels there. It is computed as
 # Q expm1(log p[j]) + (sum of q w over the other classes), which does not: a one-hot q gives the first line's gradient.
 def costs_bwd(form, residuals, cotangents):
-    logits, labels, class_weight, keep, top, log_z, log_normalizer, label_cost, present, mean_weight = residuals
+    logits, labels, class_weight, keep, top, log_z, log_normalizer, exp, label_cost, present, mean_weight = residuals
     axis, cap, dtype = (form.axis,), form.logit_softcap, log_z.dtype
     weight = along(class_weight, logits.ndim, form.axis, dtype)
     to_label, to_uniform, to_z = cotangents[:3]
@@ -157,13 +159,13 @@ def costs_bwd(form, residuals, cotangents):
         mean_weight, other_weight = jnp.ones_like(present), (present - 1) / present
 
     rows = top, log_z, total, others, mean_weight, other_weight
-    (x, labels), w, top, log_z, total, others, mean_weight, other_weight, unit = again(
-        last, (logits, labels), weight, *rows
+    (x, labels, exp), w, top, log_z, total, others, mean_weight, other_weight, unit = again(
+        last, (logits, labels, exp), weight, *rows
     )
     z, pull = jax.vjp(lambda x: centered(x, top, cap, unit), x)
     masked = x == -jnp.inf
     log_p = z - log_z
-    p = jnp.exp(log_p)
+    p = jnp.exp(log_p) if exp is None else exp * jnp.exp(-log_z)
     confident = log_p > jnp.log(2 / 3)
     if by_index(labels):
         at_label = lax.broadcasted_iota(labels.dtype, x.shape, form.axis) == jnp.expand_dims(labels, form.axis)

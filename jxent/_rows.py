@@ -9,8 +9,9 @@ With the row maximum m = max x and r = sum of exp(x[j] - m) over every class but
 `m` and `log_z` stay apart, because their sum would round at |m| >> 1. Where the label is known its class may be left
 out instead of the maximum's, with d = x[label] - m: log_z = log1p(sum over j != label of exp(x[j] - m) + expm1(d)).
 
-Everything is computed in float32 (float64 for float64 logits), and no array of the size of the logits is written. The
-second half is a matter of spelling. XLA:CPU fuses a reduction with the arithmetic that feeds it, but
+Everything is computed in float32 (float64 for float64 logits), and no array of the logits' size is written, unless
+the caller has room for it. The second half is a matter of spelling. XLA:CPU fuses a reduction with the arithmetic that
+feeds it, but
 
 - not with comparisons and selections: hence masks made of `minimum` and `maximum`;
 - not with a value of the logits' size that another pass uses too, be it the upcast logits, a broadcast row or a
@@ -140,21 +141,37 @@ class Rows(NamedTuple):
     top: Array  # the largest logit, upcast; 0 in a row of -inf, so that x - m is not NaN
     log_z: Array  # log sum exp(x - m); 0 in a row of -inf, so that p = 0 there
     log_normalizer: Array  # log sum exp x
+    exp: Array | None  # of the logits' shape: exp(x - m), but 0 at a label that is left out; None unless there is room
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
-def normalizer(logits, label, axis, cap, dtype):
+@partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4, 5))
+def normalizer(logits, label, axis, cap, dtype, room=False):
     """The `Rows` of the logits.
 
     `label` is a row array of the class to leave out of the sum, or None to leave out the maximum, which gives log_z
-    itself full relative precision and not only the loss log_z - (x[label] - m).
+    itself full relative precision and not only the loss log_z - (x[label] - m). With `room` for an array of the logits'
+    size the exponentials are taken once and kept; without they are taken anew in each pass.
     """
     # The maximum before the upcast, which the next pass would share.
     largest = jnp.max(logits, axis, keepdims=True, initial=-jnp.inf if 0 in logits.shape else None).astype(dtype)
     empty = largest == -jnp.inf
     top = jnp.where(empty, 0, largest)
+    exp = None
     if label is not None:
         d = centered(pick(logits, label, *axis), top, cap, jnp.ones((), dtype))
+    if room:
+        unit = jnp.ones((), dtype)
+        exp = jnp.exp(centered(logits, top, cap, unit))
+        if label is not None:
+            exp = jnp.where(lax.broadcasted_iota(label.dtype, exp.shape, *axis) == label, 0, exp)
+            rest = class_sum(exp, axis) + jnp.expm1(d)
+        else:
+            total = class_sum(exp, axis)
+            # Where the total is below 1.5 only the maximum has an exponential of 1.
+            exp_, unit = again(total, exp)
+            below = jnp.minimum((unit - exp_) * (_most(unit) / 4), unit)
+            rest = jnp.where(total < 1.5, class_sum(exp_ * below, axis), total - 1)
+    elif label is not None:
         x, top_, unit = again(d, logits, top)
         others = jnp.minimum(jnp.abs(lax.broadcasted_iota(dtype, x.shape, *axis) - label.astype(dtype)), unit)
         rest = class_sum(jnp.exp(centered(x, top_, cap, unit)) * others, axis) + jnp.expm1(d)
@@ -168,14 +185,14 @@ def normalizer(logits, label, axis, cap, dtype):
     log_z = jnp.log1p(jnp.where(empty, 0, rest))
     m = top if cap is None else cap * jnp.tanh(top / cap)
     log_normalizer = jnp.where(m == jnp.inf, jnp.inf, m + log_z)  # where log_z is NaN
-    return Rows(top, log_z, jnp.where(empty, -jnp.inf, log_normalizer))
+    return Rows(top, log_z, jnp.where(empty, -jnp.inf, log_normalizer), exp)
 
 
 @normalizer.defjvp
-def _normalizer_jvp(axis, cap, dtype, primals, tangents):
+def _normalizer_jvp(axis, cap, dtype, room, primals, tangents):
     logits, label = primals
-    rows = normalizer(logits, label, axis, cap, dtype)
+    rows = normalizer(logits, label, axis, cap, dtype, room)
     unit = jnp.ones((), dtype)
     z, dz = jax.jvp(lambda logits: centered(logits, rows.top, cap, unit), (logits,), (tangents[0],))
     dlog_z = jnp.sum(jnp.exp(z - rows.log_z) * dz, axis, keepdims=True)
-    return rows, Rows(jnp.zeros_like(rows.top), dlog_z, dlog_z)
+    return rows, Rows(jnp.zeros_like(rows.top), dlog_z, dlog_z, rows.exp * dz if room else None)

@@ -165,7 +165,7 @@ def _softmax(axis, logits):
 
 
 def _softmax_fwd(axis, logits):
-    top, log_z, _ = _normalizer(logits, axis)
+    top, log_z, *_ = _normalizer(logits, axis)
     x, top_, log_z_, _ = again(log_z, logits, top, log_z)
     return jnp.exp(_log_p(x, top_, log_z_)).astype(logits.dtype), (logits, top, log_z)
 
@@ -198,7 +198,7 @@ def _log_softmax(axis, logits):
 
 
 def _log_softmax_fwd(axis, logits):
-    top, log_z, _ = _normalizer(logits, axis)
+    top, log_z, *_ = _normalizer(logits, axis)
     x, top_, log_z_, _ = again(log_z, logits, top, log_z)
     return _log_p(x, top_, log_z_).astype(logits.dtype), (logits, top, log_z)
 
