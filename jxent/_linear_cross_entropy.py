@@ -71,7 +71,7 @@ def linear_cross_entropy(
       return_stats: also return `Stats`.
       block_size: how many positions are in flight at once, at most. The temporaries are ``block_size * vocab`` logits
         and as many gradients of logits; the answer does not depend on it. The default is a quarter of the positions,
-        or as many as have 128 MiB of float32 logits if that is less, but at least 256; on a GPU or TPU 1 GiB and 1024.
+        or as many as have 64 MiB of float32 logits if that is less, but at least 256; on a GPU or TPU 1 GiB and 1024.
         A larger block makes larger matmuls and fewer updates of the kernel's gradient, a smaller one takes less memory.
       recompute: compute the gradients in the backward pass, for a fourth matmul, so that no gradient is kept between
         the two passes; ``reduction="none"`` always does.
@@ -129,7 +129,7 @@ def linear_cross_entropy(
 
 
 def _default_block_size(positions, classes):
-    least, budget = (256, 128 * 2**20) if jax.default_backend() == "cpu" else (1024, 2**30)
+    least, budget = (256, 64 * 2**20) if jax.default_backend() == "cpu" else (1024, 2**30)
     return max(least, min(positions // 4, budget // (4 * classes)))
 
 
