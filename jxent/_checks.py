@@ -168,6 +168,15 @@ def kernel_axis(function, hidden, kernel, vocab_axis):
     return vocab_axis
 
 
+def concrete(function, hidden, classes):
+    """Blocks are cut at trace time: symbolic sizes, which `jax.export` has, leave nothing to cut."""
+    if not all(isinstance(size, int) for size in (*hidden.shape, classes)):
+        raise ValueError(
+            f"{function}: hidden and kernel must have concrete shapes, got symbolic ones, {hidden.shape} in hidden and "
+            f"{classes} classes; export for concrete shapes, or take cross_entropy of the logits"
+        )
+
+
 def per_class(function, name, value, classes):
     value = optional_floating(function, name, value)
     if value is not None and value.shape != (classes,):

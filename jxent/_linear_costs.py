@@ -193,6 +193,7 @@ def _linear_costs_fwd(sweep, primals):
     return _swept(sweep, {}, inputs, None)[0], (inputs, wanted)
 
 
+# The gradient of the sum of cotangent[i] * cost[i]: the cotangents are the coefficients.
 def _linear_costs_bwd(sweep, residuals, cotangents):
     inputs, wanted = residuals
     coefficients = jax.tree.map(_array, Coefficients(*cotangents[:3]), is_leaf=lambda c: isinstance(c, SymbolicZero))
@@ -227,6 +228,8 @@ def _linear_total_fwd(sweep, primals, coefficients):
     return (jnp.sum(weigh(coefficients, rows)), rows), residuals
 
 
+# With coefficients c and costs of the inputs x, total = sum of c[i] cost[i](x). So d total / dx is the sweep's gradient
+# for these coefficients, whatever the cotangent, which multiplies it; and d total / dc[i] = cost[i].
 def _linear_total_bwd(sweep, residuals, cotangents):
     wanted, grads, coefficients, rows = residuals
     factor = _array(cotangents[0])

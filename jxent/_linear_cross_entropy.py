@@ -105,6 +105,7 @@ def linear_cross_entropy(
     kernel = _checks.floating(name, "kernel", kernel)
     vocab_axis = _checks.kernel_axis(name, hidden, kernel, vocab_axis)
     classes = kernel.shape[vocab_axis]
+    _checks.concrete(name, hidden, classes)
     logits = jax.ShapeDtypeStruct((*hidden.shape[:-1], classes), hidden.dtype)
     axis = logits.ndim - 1
     labels = _checks.class_labels(name, None, logits, labels, axis)
