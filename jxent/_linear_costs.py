@@ -31,12 +31,14 @@ class Sweep(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    hidden: Array  # (*positions, features)
-    kernel: Array  # two axes, that of the vocabulary being `Sweep.vocab_axis`
-    bias: Array | None  # (vocab,)
-    labels: Array  # (*positions,) class indices, or (*positions, vocab) class probabilities
-    class_weight: Array | None  # (vocab,), as `costs` takes it
-    keep: Array | None  # (*positions,)
+    """Arrays, their gradients (None for none), or what `symbolic_zeros` makes of them in a forward rule."""
+
+    hidden: Any  # (*positions, features)
+    kernel: Any  # two axes, that of the vocabulary being `Sweep.vocab_axis`
+    bias: Any  # (vocab,), or None
+    labels: Any  # (*positions,) class indices, or (*positions, vocab) class probabilities
+    class_weight: Any  # (vocab,), as `costs` takes it, or None
+    keep: Any  # (*positions,), or None
 
 
 # --- one block --------------------------------------------------------------------------------------------------------
@@ -82,7 +84,7 @@ def _block(sweep, wanted, inputs, coefficients):
             grads["bias"] = jnp.sum(jnp.where(terms == jnp.inf, jnp.inf, terms), positions)
         if "labels" in wanted:
             grads["labels"] = dlabels
-        if "class_weight" in wanted:
+        if "class_weight" in wanted and dweight is not None:
             grads["class_weight"] = dweight.astype(compute_dtype(dweight.dtype))
     return rows, grads
 
@@ -161,12 +163,9 @@ def _values(primals):
 
     The second is a dictionary of empty arrays, one for the dtype of each such input.
     """
-    wanted = {
-        name: jnp.zeros(0, a.value.dtype)
-        for name, a in zip(Inputs._fields, primals, strict=True)
-        if a is not None and a.perturbed
-    }
-    return jax.tree.map(lambda a: a.value, primals), wanted
+    values = jax.tree.map(lambda a: a.value, primals)
+    perturbed = {name for name, a in primals._asdict().items() if a is not None and a.perturbed}
+    return values, {name: jnp.zeros(0, a.dtype) for name, a in values._asdict().items() if name in perturbed}
 
 
 def _gradients(wanted, grads, factor=None):
@@ -183,7 +182,7 @@ def _array(cotangent):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def linear_costs(sweep, inputs):
+def linear_costs(sweep, inputs) -> Costs:
     """The costs of each position. The gradients take a sweep of their own, in the backward pass."""
     return _swept(sweep, {}, inputs, None)[0]
 
@@ -204,7 +203,7 @@ linear_costs.defvjp(_linear_costs_fwd, _linear_costs_bwd, symbolic_zeros=True)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def linear_total(sweep, inputs, coefficients):
+def linear_total(sweep, inputs, coefficients) -> tuple[Array, Costs]:
     """(total, costs): the sum of the costs with these coefficients, and the costs, which carry no gradient.
 
     One sweep takes the total and its gradients, which are kept for the backward pass.

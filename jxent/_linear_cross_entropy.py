@@ -156,6 +156,7 @@ def _linear_cross_entropy(options, sweep, recompute, inputs, class_weight, sampl
             only(keep, jnp.broadcast_to(jnp.asarray(1 if c is None else c, dtype), shape)) if wanted else None
             for c, wanted in zip(coefficients, (True, sweep.form.uniform, sweep.form.z), strict=True)
         ]
-        loss, rows = linear_total(sweep, inputs, Coefficients(*every))
+        swept: Any = linear_total(sweep, inputs, Coefficients(*every))
+        loss, rows = swept
         loss = mean(loss, weight) if options.reduction == "mean" else loss
     return (loss, stats_of(rows, keep, weight)) if options.return_stats else loss

@@ -156,30 +156,29 @@ def normalizer(logits, label, axis, cap, dtype, room=False):
     largest = jnp.max(logits, axis, keepdims=True, initial=-jnp.inf if 0 in logits.shape else None).astype(dtype)
     empty = largest == -jnp.inf
     top = jnp.where(empty, 0, largest)
-    exp = None
+    unit = jnp.ones((), dtype)
+    exp = jnp.exp(centered(logits, top, cap, unit)) if room else None
     if label is not None:
-        d = centered(pick(logits, label, *axis), top, cap, jnp.ones((), dtype))
-    if room:
-        unit = jnp.ones((), dtype)
-        exp = jnp.exp(centered(logits, top, cap, unit))
-        if label is not None:
+        d = centered(pick(logits, label, *axis), top, cap, unit)
+        if exp is not None:
             exp = jnp.where(lax.broadcasted_iota(label.dtype, exp.shape, *axis) == label, 0, exp)
-            rest = class_sum(exp, axis) + jnp.expm1(d)
+            others = class_sum(exp, axis)
         else:
-            total = class_sum(exp, axis)
-            # Where the total is below 1.5 only the maximum has an exponential of 1.
-            exp_, unit = again(total, exp)
-            below = jnp.minimum((unit - exp_) * (_most(unit) / 4), unit)
-            rest = jnp.where(total < 1.5, class_sum(exp_ * below, axis), total - 1)
-    elif label is not None:
-        x, top_, unit = again(d, logits, top)
-        others = jnp.minimum(jnp.abs(lax.broadcasted_iota(dtype, x.shape, *axis) - label.astype(dtype)), unit)
-        rest = class_sum(jnp.exp(centered(x, top_, cap, unit)) * others, axis) + jnp.expm1(d)
+            x, top_, unit = again(d, logits, top)
+            kept = jnp.minimum(jnp.abs(lax.broadcasted_iota(dtype, x.shape, *axis) - label.astype(dtype)), unit)
+            others = class_sum(jnp.exp(centered(x, top_, cap, unit)) * kept, axis)
+        rest = others + jnp.expm1(d)
     else:
-        x, top_, unit = again(top, logits, top)
-        total = class_sum(jnp.exp(centered(x, top_, cap, unit)), axis)
-        x, top_, unit = again(total, logits, top)
-        terms = jnp.exp(centered(x, top_, cap, unit)) * below_max(x, top_, unit)
+        if exp is not None:
+            total = class_sum(exp, axis)
+            exp_, unit = again(total, exp)
+            # Where the total is below 1.5, the maximum alone has an exponential of 1.
+            terms = exp_ * jnp.minimum((unit - exp_) * (_most(unit) / 4), unit)
+        else:
+            x, top_, unit = again(top, logits, top)
+            total = class_sum(jnp.exp(centered(x, top_, cap, unit)), axis)
+            x, top_, unit = again(total, logits, top)
+            terms = jnp.exp(centered(x, top_, cap, unit)) * below_max(x, top_, unit)
         # Where the total is at least 1.5, 1 can be taken off it; where it is not, the maximum is unique.
         rest = jnp.where(total < 1.5, class_sum(terms, axis), total - 1)
     log_z = jnp.log1p(jnp.where(empty, 0, rest))
