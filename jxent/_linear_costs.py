@@ -177,8 +177,12 @@ def _gradients(wanted, grads, factor=None):
     return Inputs(**out)
 
 
+def _is_zero(cotangent) -> bool:
+    return isinstance(cotangent, SymbolicZero)
+
+
 def _array(cotangent):
-    return jnp.zeros(cotangent.shape, cotangent.dtype) if isinstance(cotangent, SymbolicZero) else cotangent
+    return jnp.zeros(cotangent.shape, cotangent.dtype) if _is_zero(cotangent) else cotangent
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -195,7 +199,7 @@ def _linear_costs_fwd(sweep, primals):
 # The gradient of the sum of cotangent[i] * cost[i]: the cotangents are the coefficients.
 def _linear_costs_bwd(sweep, residuals, cotangents):
     inputs, wanted = residuals
-    coefficients = jax.tree.map(_array, Coefficients(*cotangents[:3]), is_leaf=lambda c: isinstance(c, SymbolicZero))
+    coefficients = jax.tree.map(_array, Coefficients(*cotangents[:3]), is_leaf=_is_zero)
     return (_gradients(wanted, _swept(sweep, wanted, inputs, coefficients)[1]),)
 
 
