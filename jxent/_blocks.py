@@ -1,9 +1,9 @@
 """Positions in blocks: which ones are in flight together, and how a block is read and written.
 
 An axis of length L is split as (size, steps), and block i takes column i: positions i, i + steps, i + 2 steps, ... So
-each block holds a slice of every shard of a sharded axis, and no axis is merged with another. A length without a
-divisor near the wanted size gets blocks of neighbours instead, whose last one reaches back over the one before it;
-the positions that two blocks share belong to the last. Neither way copies or pads the array.
+each block holds a slice of every shard of an axis whose shards divide its size, and no axis is merged with another. A
+length without a divisor near the wanted size gets blocks of neighbours instead, whose last one reaches back over the
+one before it; the positions that two blocks share belong to the last. Neither way copies or pads the array.
 """
 
 import math
@@ -26,7 +26,7 @@ class Blocks(NamedTuple):
 
 
 def blocks_of(shape, most):
-    """Blocks of at most `most` positions, as large and as few as they can be."""
+    """Blocks of at most `most` positions, cut along the longest axis; along others only if single ones are too many."""
     size, steps = list(shape), [1] * len(shape)
     for axis in sorted(range(len(shape)), key=lambda a: -shape[a]):
         if math.prod(size) <= most:
@@ -78,11 +78,9 @@ def put(blocks, i, array, block):
 
 def owned(blocks, i):
     """Which positions of block `i` no later block holds too, an array that broadcasts to the block; None for all."""
-    own = None
     for axis, (length, size, steps) in enumerate(zip(*blocks, strict=True)):
-        if size * steps > length:
+        if size * steps > length:  # of one axis at most: any other that is cut is cut into single positions
             at = i // math.prod(blocks.steps[:axis]) % steps
             mine = (at * size + jnp.arange(size) < length - size) | (at == steps - 1)
-            mine = mine.reshape([-1 if a == axis else 1 for a in range(len(blocks.shape))])
-            own = mine if own is None else own & mine
-    return own
+            return mine.reshape([-1 if a == axis else 1 for a in range(len(blocks.shape))])
+    return None

@@ -35,7 +35,7 @@ from jxent._rows import (
 
 
 class Form(NamedTuple):
-    """The static part of a call: which costs are wanted, of what."""
+    """Which costs are wanted, of what; static."""
 
     axis: int
     logit_softcap: float | None

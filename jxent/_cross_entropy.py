@@ -113,7 +113,7 @@ def cross_entropy(
 
 
 class Options(NamedTuple):
-    """The static options of a call; None for a scalar that is traced instead."""
+    """The options as the caller gave them; None for a scalar that is traced instead of static."""
 
     ignore_index: int
     label_smoothing: float | None

@@ -22,7 +22,7 @@ from jxent._rows import compute_dtype
 
 
 class Sweep(NamedTuple):
-    """The static part of a call."""
+    """The static part of a sweep: the costs that are wanted, and how to go over the positions."""
 
     form: Form
     vocab_axis: int
@@ -69,7 +69,7 @@ def _block(sweep, wanted, inputs, coefficients):
     rows = jax.tree.map(lambda row: only(keep, row[..., 0]), rows)
     grads = {}
     if wanted:
-        to_costs = [None if c is None else c[..., None] for c in coefficients]
+        to_costs = [None if c is None else c[..., None].astype(rows.label.dtype) for c in coefficients]
         dlogits, dlabels, dweight, _ = costs_bwd(sweep.form, residuals, to_costs)
         g = dlogits.astype(operand)
         if "hidden" in wanted:
@@ -110,14 +110,26 @@ def _storable(dtype):
     return jnp.dtype(jnp.float32) if dtype == jnp.float16 else dtype
 
 
+def _float16_scale(coefficients, class_weight):
+    """What to divide the coefficients by, so that the gradient of the logits neither overflows float16 nor vanishes.
+
+    Its largest entries come to some 2**12 of at most 2**16, so that those of a confident position, 2**-36 times as
+    large, are above the smallest, 2**-24. Class weights multiply the costs; the gradient of z has a factor of 2 (m +
+    log_z), taken to be below 2**10.
+    """
+    bounds = zip(coefficients, (1, 1, 64), strict=True)
+    largest = jnp.max(jnp.stack([jnp.max(jnp.abs(c), initial=0) * bound for c, bound in bounds if c is not None]))
+    if class_weight is not None:
+        largest *= jnp.maximum(jnp.max(jnp.abs(class_weight)), jnp.finfo(jnp.float32).tiny)
+    return jnp.where((largest > 0) & (largest < jnp.inf), largest, 1) / 2**12
+
+
 def _swept(sweep, wanted, inputs, coefficients):
     """(costs, gradients) as of `_block`, of all positions; the gradients in `_storable` dtypes."""
     blocks, operand = sweep.blocks, jnp.promote_types(inputs.hidden.dtype, inputs.kernel.dtype)
     scale = None
     if wanted and operand == jnp.float16:
-        # The gradient of the logits should neither vanish nor overflow in float16, however the loss is scaled.
-        largest = jnp.max(jnp.stack([jnp.max(jnp.abs(c), initial=0) for c in coefficients if c is not None]))
-        scale = lax.stop_gradient(jnp.where((largest > 0) & (largest < jnp.inf), largest, 1))
+        scale = lax.stop_gradient(_float16_scale(coefficients, inputs.class_weight))
         coefficients = jax.tree.map(lambda c: c / scale, coefficients)
     positional = {name: getattr(inputs, name) for name in _POSITIONAL}
 

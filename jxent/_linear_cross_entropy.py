@@ -13,7 +13,7 @@ from jxent._blocks import blocks_of
 from jxent._cross_entropy import Stats, coefficients_of, options_of, stats_of
 from jxent._labels import alike, by_index, report
 from jxent._linear_costs import Inputs, Sweep, linear_costs, linear_total
-from jxent._reduce import Coefficients, counted, denominator, mean, only, reduce, share_of, weigh, weight_of
+from jxent._reduce import Coefficients, counted, denominator, only, reduce, share_of, weigh, weight_of
 from jxent._rows import compute_dtype
 
 
@@ -69,10 +69,11 @@ def linear_cross_entropy(
       reduction: ``"mean"``, ``"sum"`` or ``"none"``, as for `cross_entropy`. With ``"none"`` the gradients are computed
         in the backward pass.
       return_stats: also return `Stats`.
-      block_size: how many positions are in flight at once, at most. The temporaries are ``block_size * vocab`` logits
-        and as many gradients of logits; the answer does not depend on it. The default is a quarter of the positions,
-        or as many as have 64 MiB of float32 logits if that is less, but at least 256; on a GPU or TPU 1 GiB and 1024.
-        A larger block makes larger matmuls and fewer updates of the kernel's gradient, a smaller one takes less memory.
+      block_size: how many positions are in flight at once, at most (under `jax.vmap`, of each example). The temporaries
+        are ``block_size * vocab`` logits and as many gradients of logits; the answer does not depend on it. The default
+        is a quarter of the positions, or as many as have 64 MiB of float32 logits if that is less, but at least 256; on
+        a GPU or TPU 1 GiB and 1024. A larger block makes larger matmuls and fewer updates of the kernel's gradient, a
+        smaller one takes less memory.
       recompute: compute the gradients in the backward pass, for a fourth matmul, so that no gradient is kept between
         the two passes; ``reduction="none"`` always does.
       precision: of the matmuls, as in `jax.lax.dot_general`. A TPU multiplies float32 in bfloat16 unless told
@@ -141,7 +142,7 @@ def _linear_cross_entropy(options, sweep, recompute, inputs, class_weight, sampl
     if by_index(labels):
         labels = only(keep, labels)  # 0 where ignored: in range
         report("linear_cross_entropy", labels, inputs.kernel.shape[sweep.vocab_axis])
-    inputs = Inputs(*alike(*inputs._replace(labels=labels, keep=keep)))
+    inputs = inputs._replace(labels=labels, keep=keep)
 
     label_weight = weight_of(labels, class_weight, keep)
     share = share_of(sample_weight, keep, shape)
@@ -149,14 +150,24 @@ def _linear_cross_entropy(options, sweep, recompute, inputs, class_weight, sampl
     dtype = compute_dtype(inputs.hidden.dtype, inputs.kernel.dtype)
     weight = denominator(label_weight, share, keep, shape, dtype)
     if options.reduction == "none" or recompute:
-        rows = linear_costs(sweep, inputs)
+        rows = linear_costs(sweep, Inputs(*alike(*inputs)))
         loss = reduce(weigh(coefficients, rows), weight, options.reduction)
     else:
+        # Divided by the denominator before the sweep: what is kept for the backward pass is then the gradient itself.
+        divisor = jnp.where(weight == 0, 1, weight) if options.reduction == "mean" else 1
         every = [
-            only(keep, jnp.broadcast_to(jnp.asarray(1 if c is None else c, dtype), shape)) if wanted else None
+            _everywhere(c, keep, shape, dtype) / divisor if wanted else None
             for c, wanted in zip(coefficients, (True, sweep.form.uniform, sweep.form.z), strict=True)
         ]
-        swept: Any = linear_total(sweep, inputs, Coefficients(*every))
+        both = alike(*inputs, *every)
+        swept: Any = linear_total(sweep, Inputs(*both[: len(inputs)]), Coefficients(*both[len(inputs) :]))
         loss, rows = swept
-        loss = mean(loss, weight) if options.reduction == "mean" else loss
+        loss = jnp.where(weight == 0, jnp.nan, loss) if options.reduction == "mean" else loss
     return (loss, stats_of(rows, keep, weight)) if options.return_stats else loss
+
+
+def _everywhere(coefficient, keep, shape, dtype):
+    """A coefficient, None standing for 1, at each position that counts and 0 elsewhere, in at least `dtype`."""
+    if isinstance(coefficient, jax.Array):
+        dtype = jnp.promote_types(coefficient.dtype, dtype)
+    return only(keep, jnp.broadcast_to(jnp.asarray(1 if coefficient is None else coefficient, dtype), shape))

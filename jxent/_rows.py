@@ -95,7 +95,7 @@ def _centered_jvp(cap, primals, tangents):
 def unmasked(logits, unit):
     """1, and 0 where a logit is -inf."""
     x = logits.astype(unit.dtype)
-    return jnp.minimum(jnp.maximum(x * (0.25 * unit) + _most(unit), 0 * unit), unit)
+    return lax.stop_gradient(jnp.minimum(jnp.maximum(x * (0.25 * unit) + _most(unit), 0 * unit), unit))
 
 
 def below_max(logits, top, unit):

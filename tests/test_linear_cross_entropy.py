@@ -229,6 +229,29 @@ def test_float16_gradients_survive_a_scaled_loss(reduction):
         assert float(jnp.abs(want).max()) > 1e-5
 
 
+@pytest.mark.parametrize("margin", [0, 16, 20, 25])
+def test_float16_gradients_of_confident_positions_survive(margin):
+    """With a loss scale of 2**15, as in training, they are what the scaled gradient rounds to."""
+    x = margin * np.eye(4)
+    hidden, kernel = jnp.eye(4, dtype=jnp.float16), jnp.asarray(x, jnp.float16)
+    grad = jax.grad(lambda k: jxent.linear_cross_entropy(hidden, k, jnp.arange(4)) * 2.0**15)(kernel)
+    want = oracle.logit_gradient(x, np.arange(4)) * 2.0**13
+    # Half a unit in the last place where float16 is normal, half its smallest number where it is not.
+    np.testing.assert_allclose(grad, want, rtol=2e-3, atol=6e-8)
+
+
+@pytest.mark.parametrize("size", [1e6, 1e-7])
+def test_float16_with_class_weights_of_any_size(size):
+    hidden, kernel, _, labels = arrays((8,), 4, 64, dtype=np.float16)
+    q, weight = jax.nn.one_hot(labels, 64), jnp.full(64, size)
+
+    def loss(kernel):
+        return jxent.linear_cross_entropy(hidden, kernel, q, class_weight=weight, reduction="sum", block_size=3) / size
+
+    got, want = (jax.grad(loss)(kernel.astype(dtype)) for dtype in (jnp.float16, jnp.float32))
+    np.testing.assert_allclose(got, want, rtol=0, atol=4e-3 * float(jnp.abs(want).max()))
+
+
 # --- masks ------------------------------------------------------------------------------------------------------------
 
 
@@ -477,6 +500,44 @@ def test_second_derivatives(recompute, x64):
     np.testing.assert_allclose(hessian, want, rtol=1e-9, atol=1e-12)
 
 
+def test_second_derivatives_with_a_masked_class(x64):
+    hidden, kernel, bias, labels = arrays((6,), 3, 4)
+    more, masked = jnp.concatenate([kernel, kernel[:, :1]], 1), jnp.append(bias, -jnp.inf)
+
+    def product(bias):
+        def loss(kernel):
+            return jxent.linear_cross_entropy(hidden, kernel, labels, bias=bias, label_smoothing=0.1, block_size=4)
+
+        kernels = more if bias.size == 5 else kernel
+        return jax.jvp(jax.grad(loss), (kernels,), (kernels,))[1]
+
+    np.testing.assert_allclose(product(masked)[:, :4], product(bias), rtol=1e-10, atol=1e-14)
+    np.testing.assert_array_equal(product(masked)[:, 4], 0)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_float64_weights_of_a_float32_model(reduction, x64):
+    """The loss is float64 if an input is, whichever way the gradients are taken, and weights of any size fit."""
+    hidden, kernel, _, labels = arrays((6,), 3, 5, dtype=np.float32)
+    weight = jnp.full(6, 1e60)
+
+    def run(function, **options):
+        def loss(kernel):
+            losses = function(kernel, sample_weight=weight, reduction=reduction, **options)
+            return losses if reduction == "mean" else losses / 1e60
+
+        return jax.value_and_grad(loss)(kernel)
+
+    whole = run(lambda k, **options: jxent.cross_entropy(hidden @ k, labels, **options))
+    for recompute in (False, True):
+        linear = partial(jxent.linear_cross_entropy, hidden, labels=labels, block_size=4, recompute=recompute)
+        got = run(linear)
+        assert got[0].dtype == whole[0].dtype == jnp.float64
+        np.testing.assert_allclose(got[0], whole[0], rtol=1e-6)
+        if reduction == "mean":  # the gradient of the sum is out of float32's range on its way
+            np.testing.assert_allclose(got[1], whole[1], rtol=1e-5, atol=1e-7)
+
+
 def test_checkpoint_and_scan(x64):
     hidden, kernel, _, labels = arrays((4, 6), 3, 5)
     loss = partial(jxent.linear_cross_entropy, block_size=4)
@@ -509,6 +570,28 @@ def test_shard_map(check_vma):
         lambda h, k, b: jxent.linear_cross_entropy(h, k, labels, bias=b, reduction="sum"), (0, 1, 2)
     )(hidden, kernel, bias)
     chex.assert_trees_all_close(got, want, rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("block_size", [4, 100])
+def test_only_the_weights_vary_in_shard_map(block_size):
+    """Weights of each device's own, with everything else replicated: the carry of the sweep varies as they do."""
+    hidden, kernel, _, labels = arrays((6,), 3, 5, dtype=np.float32)
+    mesh = jax.make_mesh((1,), ("data",), (AxisType.Auto,))
+    P = PartitionSpec  # noqa: N806
+    weight, z_weight = jnp.arange(1.0, 7), jnp.array([0.1])
+
+    def local(hidden, kernel, weight, z_weight):
+        options = {"sample_weight": weight, "z_loss_weight": z_weight[0], "reduction": "sum", "block_size": block_size}
+        return jax.lax.psum(jxent.linear_cross_entropy(hidden, kernel, labels, **options), "data")
+
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=(P(), P(), P("data"), P("data")), out_specs=P())
+    args = hidden, kernel, weight, z_weight
+    got = jax.grad(mapped, (0, 1, 2, 3))(*args)
+
+    def plain(h, k, w, z):
+        return jxent.linear_cross_entropy(h, k, labels, sample_weight=w, z_loss_weight=z[0], reduction="sum")
+
+    chex.assert_trees_all_close(got, jax.grad(plain, (0, 1, 2, 3))(*args), rtol=2e-6, atol=1e-5)
 
 
 def test_export_and_ahead_of_time():
