@@ -1,8 +1,7 @@
 """Relative error of the loss and of the label's gradient in float32: jxent beside Optax, jax.nn and PyTorch.
 
 Every row has 1000 classes; the label's logit lies `margin` above the largest of the others, and `offset` is added to
-all.
-The truth is float64 NumPy on the same float32 logits. Prints Markdown tables. PyTorch is optional.
+all. The truth is float64 NumPy on the same float32 logits. Prints Markdown tables. PyTorch is optional.
 
     pip install -e ".[bench]" && python benchmarks/exactness.py
 """

@@ -1,7 +1,7 @@
 """The tables of docs/memory.md: what the loss of a language model holds, read from programs compiled for the CPU.
 
-python benchmarks/memory.py            # a minute; arrays of these sizes are never allocated
-python benchmarks/memory.py --smoke    # small sizes, seconds
+It takes a minute, and arrays of these sizes are never allocated; with `--smoke` the sizes are small, and it takes
+seconds.
 """
 
 import argparse

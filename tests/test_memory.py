@@ -205,6 +205,16 @@ def test_linear_holds_blocks(name, shape, dtype):
     assert program.memory_analysis().temp_size_in_bytes <= allowed
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("vocab_axis", [-1, 0])
+@pytest.mark.parametrize("shape", [(64,), (4, 16)], ids=str)
+def test_linear_copies_no_kernel(shape, vocab_axis, dtype):
+    """Frozen, it is neither transposed nor upcast: what is held is blocks, here a thirtieth of it."""
+    features, vocab, block = 512, 5003, 16
+    program = linear_program(shape, features, vocab, dtype, wrt=("hidden",), vocab_axis=vocab_axis, block_size=block)
+    assert program.memory_analysis().temp_size_in_bytes <= 4 * (3 * block * vocab) < features * vocab
+
+
 @pytest.mark.parametrize("name", ["plain", "everything"])
 def test_linear_with_probabilities_copies_no_labels(name):
     """Labels of the logits' size are read block by block, and only the array that the caller holds is of that size."""

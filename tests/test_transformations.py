@@ -529,7 +529,13 @@ def weighted(scores, labels, class_weight):
 def next_token(scores, tokens):
     return jxent.cross_entropy(scores, jxent.next_token_labels(tokens))
 
+kernel = np.asarray(rng.normal(size=(classes, 40)), np.float32)
+
+def linear(hidden, labels):
+    return jxent.linear_cross_entropy(hidden, kernel, labels, block_size=16)
+
 calls = {
+    "linear": (linear, scores, index),
     "logsumexp": (lambda x: jxent.logsumexp(x).sum(), scores),
     "softmax": (lambda x, q: jnp.sum(jxent.softmax(x) * q), scores, probability),
     "log_softmax": (lambda x, q: jnp.sum(jxent.log_softmax(x) * q), scores, probability),
@@ -572,7 +578,7 @@ json.dump(results, sys.stdout)
 """
 SHARDED_CALLS = (
     *("logsumexp", "softmax", "log_softmax", "nll_loss", "index", "probability"),
-    *("smooth", "class_weight", "stats", "next_token"),
+    *("smooth", "class_weight", "stats", "next_token", "linear"),
 )
 
 
