@@ -27,11 +27,13 @@ from jxent._rows import (
     centered,
     class_sum,
     compute_dtype,
+    label_logit,
     normalizer,
     pick,
     product,
     unmasked,
 )
+from jxent._shards import Shards, largest, offset, own, sharded_like, smallest, summed
 
 
 class Form(NamedTuple):
@@ -42,6 +44,7 @@ class Form(NamedTuple):
     uniform: bool
     z: bool
     stats: bool
+    shards: Shards = Shards()  # of the classes
     room: bool = False  # for an array of the logits' size, as beside the logits of a block
 
 
@@ -62,6 +65,7 @@ class Residuals(NamedTuple):
     labels: Array
     class_weight: Array | None
     keep: Array | None
+    first: Array | None
     top: Array  # this and the rest are row arrays
     log_z: Array
     log_normalizer: Array
@@ -76,59 +80,76 @@ def _dtype(logits, labels):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def costs(form, logits, labels, class_weight, keep):
+def costs(form, logits, labels, class_weight, keep, first):
     """The costs of each position.
 
     `labels` are class indices without the class axis or class probabilities of the logits' shape; `class_weight`
     (classes,) or None enters the sums over classes and not the cost of an index label; `keep` is a row array, False
-    where a position does not count, or None. What the logits hold at such a position does not reach a gradient.
+    where a position does not count, or None. What the logits hold at such a position does not reach a gradient. Where
+    the classes are sharded, all of these are this shard's, but class indices count all classes, and `first` is the one
+    that this shard begins with; otherwise `first` is None.
     """
-    return costs_fwd(form, logits, labels, class_weight, keep)[0]
+    return _costs_fwd(form, logits, labels, class_weight, keep, first)[0]
 
 
-def costs_fwd(form, logits, labels, class_weight, keep):
+def costs_fwd(form, logits, labels, class_weight, keep, first):
     axis, cap, dtype = (form.axis,), form.logit_softcap, _dtype(logits, labels)
     weight = along(class_weight, logits.ndim, form.axis, dtype)
-    classes = logits.shape[form.axis]
+    local, axis_name = logits.shape[form.axis], form.shards.axis_name
+    classes = local * form.shards.number
+    sum_ = partial(class_sum, axis=axis, axis_name=axis_name)
 
     # Without the label's class the sum takes one pass less, and the loss is as exact, though log_z alone is not.
-    index = clipped(labels, classes, form.axis) if by_index(labels) else None
-    left_out = index if isinstance(classes, int) and classes <= 2**24 else None  # float32 counts no further
-    if form.uniform or form.z or form.stats:
-        left_out = None
-    top, log_z, log_normalizer, exp = normalizer(logits, left_out, axis, cap, dtype, form.room)
+    label = left_out = None
     if by_index(labels):
+        index = offset(clipped(labels, classes, form.axis), first)
+        label = left_out = index, label_logit(logits, index, form.axis, axis_name)
+    if form.uniform or form.z or form.stats or not isinstance(local, int) or local > 2**24:
+        left_out = None  # float32 counts to 2**24
+    top, log_z, log_normalizer, exp = normalizer(logits, left_out, axis, cap, dtype, form.room, axis_name)
+    if label is not None:
         log_z = jnp.where(out_of_range(jnp.expand_dims(labels, form.axis), classes), jnp.nan, log_z)
-        label_cost = log_z - centered(pick(logits, index, form.axis), top, cap, jnp.ones((), dtype))
+        label_cost = log_z - centered(label[1], top, cap, jnp.ones((), dtype))
     else:
         (x, q), w, top_, log_z_, unit = again(log_z, (logits, labels), weight, top, log_z)
-        label_cost = class_sum(product(times(q.astype(dtype), w), log_z_ - centered(x, top_, cap, unit), unit), axis)
+        label_cost = sum_(product(times(q.astype(dtype), w), log_z_ - centered(x, top_, cap, unit), unit))
     last = label_cost
 
     present = mean_weight = uniform = None
     if form.uniform:
         x, unit = again(last, logits)
-        present = jnp.maximum(class_sum(unmasked(x, unit), axis), 1)
+        present = jnp.maximum(sum_(unmasked(x, unit)), 1)
         x, w, top_, log_z_, unit = again(present, logits, weight, top, log_z)
         cost = product(times(unmasked(x, unit), w), log_z_ - centered(x, top_, cap, unit), unit)
-        uniform = last = class_sum(cost, axis) / present
+        uniform = last = sum_(cost) / present
         if weight is not None:
             x, w, unit = again(last, logits, weight)
-            mean_weight = last = class_sum(unmasked(x, unit) * w, axis) / present
+            mean_weight = last = sum_(unmasked(x, unit) * w) / present
 
     out = Costs(label_cost, uniform, log_normalizer**2 if form.z else None)
     if form.stats:
         x, top_, log_z_, unit = again(last, logits, top, log_z)
         log_p = centered(x, top_, cap, unit) - log_z_
-        entropy = class_sum(product(jnp.exp(log_p), -log_p, unit), axis)
+        entropy = sum_(product(jnp.exp(log_p), -log_p, unit))
         log_prob = -label_cost
         if not by_index(labels) and weight is not None:
             (x, q), top_, log_z_, unit = again(entropy, (logits, labels), top, log_z)
-            log_prob = -class_sum(product(q.astype(dtype), log_z_ - centered(x, top_, cap, unit), unit), axis)
-        prediction = jnp.expand_dims(lax.argmax(logits, form.axis, jnp.int32), form.axis)
+            log_prob = -sum_(product(q.astype(dtype), log_z_ - centered(x, top_, cap, unit), unit))
+        prediction = _prediction(form, logits, first)
         out = out._replace(log_normalizer=log_normalizer, log_prob=log_prob, entropy=entropy, prediction=prediction)
     rows = top, log_z, log_normalizer, exp, label_cost, present, mean_weight
-    return out, Residuals(logits, labels, class_weight, keep, *rows)
+    return out, Residuals(logits, labels, class_weight, keep, first, *rows)
+
+
+def _prediction(form, logits, first):
+    """The first class with the largest logit, or the first whose logit is NaN."""
+    here = jnp.expand_dims(lax.argmax(logits, form.axis, jnp.int32), form.axis)
+    if first is None:
+        return here
+    value = lax.stop_gradient(pick(logits, here, form.axis))
+    value = jnp.where(jnp.isnan(value), jnp.inf, value)
+    best = value == largest(value, form.shards.axis_name)
+    return smallest(jnp.where(best, here + first, jnp.iinfo(jnp.int32).max), form.shards.axis_name)
 
 
 # With p = exp(log p), V the mean of the class weights and n the number of classes,
@@ -141,20 +162,23 @@ def costs_fwd(form, logits, labels, class_weight, keep):
 # In the second and third line one class may have p near 1, and p Q - q w cancels there. It is computed as
 # Q expm1(log p[j]) + (sum of q w over the other classes), which does not: a one-hot q gives the first line's gradient.
 def costs_bwd(form, residuals, cotangents):
-    logits, labels, class_weight, keep, top, log_z, log_normalizer, exp, label_cost, present, mean_weight = residuals
+    logits, labels, class_weight, keep, first, top, log_z, log_normalizer, exp, label_cost, present, mean_weight = (
+        residuals
+    )
     axis, cap, dtype = (form.axis,), form.logit_softcap, log_z.dtype
     weight = along(class_weight, logits.ndim, form.axis, dtype)
     to_label, to_uniform, to_z = cotangents[:3]
+    sum_ = partial(class_sum, axis=axis, axis_name=form.shards.axis_name)
 
     last, total, others, other_weight = to_label, None, None, None
     if not by_index(labels):
         q, w, _ = again(last, labels, weight)
-        last = total = class_sum(times(q.astype(dtype), w), axis)
+        last = total = sum_(times(q.astype(dtype), w))
         (x, q), w, top_, unit = again(last, (logits, labels), weight, top)
-        last = others = class_sum(times(q.astype(dtype), w) * below_max(x, top_, unit), axis)
+        last = others = sum_(times(q.astype(dtype), w) * below_max(x, top_, unit))
     if form.uniform and weight is not None:
         x, w, top_, unit = again(last, logits, weight, top)
-        last = other_weight = class_sum(unmasked(x, unit) * w * below_max(x, top_, unit), axis) / present
+        last = other_weight = sum_(unmasked(x, unit) * w * below_max(x, top_, unit)) / present
     elif form.uniform:
         mean_weight, other_weight = jnp.ones_like(present), (present - 1) / present
 
@@ -168,7 +192,8 @@ def costs_bwd(form, residuals, cotangents):
     p = jnp.exp(log_p) if exp is None else exp * jnp.exp(-log_z)
     confident = log_p > jnp.log(2 / 3)
     if by_index(labels):
-        at_label = lax.broadcasted_iota(labels.dtype, x.shape, form.axis) == jnp.expand_dims(labels, form.axis)
+        index = offset(jnp.expand_dims(labels, form.axis), first)
+        at_label = lax.broadcasted_iota(labels.dtype, x.shape, form.axis) == index
         grad = to_label * jnp.where(at_label, jnp.expm1(-label_cost), p)
         grad_labels, per_class = None, 0
     else:
@@ -191,7 +216,17 @@ def costs_bwd(form, residuals, cotangents):
     if class_weight is not None:
         positions = tuple(a for a in range(logits.ndim) if a != form.axis)
         grad_weight = jnp.sum(only(keep, per_class), positions).astype(class_weight.dtype)
-    return grad, grad_labels, grad_weight, None
+    return grad, grad_labels, grad_weight
 
 
-costs.defvjp(costs_fwd, costs_bwd)
+def _costs_fwd(form, logits, labels, class_weight, keep, first):
+    rows, residuals = costs_fwd(form, logits, labels, class_weight, keep, first)
+    return own(rows, form.shards, first), residuals
+
+
+def _costs_bwd(form, residuals, cotangents):
+    grads = costs_bwd(form, residuals, summed(Costs(*cotangents[:3]), form.shards))
+    return *map(sharded_like, grads, residuals[:3]), None, None
+
+
+costs.defvjp(_costs_fwd, _costs_bwd)

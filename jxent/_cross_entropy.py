@@ -8,9 +8,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jxent import _checks
+from jxent._checks import AxisName
 from jxent._costs import Form, costs
-from jxent._labels import alike, by_index, report
+from jxent._labels import by_index, report
 from jxent._reduce import Coefficients, counted, denominator, only, product_of, reduce, share_of, weigh, weight_of
+from jxent._shards import Shards, along_positions, cast, everywhere, first_class, sharded_like
 
 
 class Stats(NamedTuple):
@@ -47,6 +49,8 @@ def cross_entropy(
     z_loss_weight: float | Float[Array, ""] = 0.0,
     logit_softcap: float | None = None,
     reduction: str = "mean",
+    axis_name: AxisName | None = None,
+    batch_axis_name: AxisName | None = None,
     return_stats: bool = False,
 ) -> Float[Array, "..."] | tuple[Float[Array, "..."], Stats]:
     r"""Cross-entropy between logits and labels, in nats.
@@ -75,6 +79,11 @@ def cross_entropy(
       reduction: ``"mean"`` divides the sum by the weights of the labels that count (class weight times sample weight;
         for class probabilities the sample weight alone), ``"sum"`` does not, ``"none"`` gives each position's loss.
         Where nothing counts the mean is nan and the sum 0, with gradients of 0.
+      axis_name: inside `jax.shard_map` (or `jax.vmap` with an axis name), the mesh axis or axes over which the classes
+        are sharded. `logits`, probability labels and `class_weight` are then this shard's, class indices count the
+        classes of all shards, and loss and statistics are those of all classes, on every shard.
+      batch_axis_name: likewise for the positions, when the reduction is a mean or sum: it and its denominator are taken
+        over the positions of all shards. Arrays that are sharded under plain `jax.jit` need neither of the two.
       return_stats: also return `Stats`.
 
     Returns:
@@ -106,8 +115,9 @@ def cross_entropy(
     axis = _checks.class_axis(name, "logits", logits, axis)
     labels = _checks.class_labels(name, "logits", logits, labels, axis)
     class_weight, sample_weight, where = _checks.weights(name, class_weight, sample_weight, where, logits, axis)
+    mesh_axes = _checks.mesh_axes(name, axis_name, batch_axis_name, reduction, ("logits", logits))
     options, traced = options_of(
-        name, labels, ignore_index, label_smoothing, z_loss_weight, logit_softcap, reduction, return_stats
+        name, labels, ignore_index, label_smoothing, z_loss_weight, logit_softcap, reduction, return_stats, mesh_axes
     )
     return _cross_entropy(options, axis, logits, labels, class_weight, sample_weight, where, traced)
 
@@ -121,13 +131,17 @@ class Options(NamedTuple):
     logit_softcap: float | None
     reduction: str
     return_stats: bool
+    shards: Shards
+    batch_axis_name: tuple
 
     def form(self, axis):
         uniform, z = self.label_smoothing != 0, self.z_loss_weight != 0
-        return Form(axis, self.logit_softcap, uniform, z, self.return_stats)
+        return Form(axis, self.logit_softcap, uniform, z, self.return_stats, self.shards)
 
 
-def options_of(name, labels, ignore_index, label_smoothing, z_loss_weight, logit_softcap, reduction, return_stats):
+def options_of(
+    name, labels, ignore_index, label_smoothing, z_loss_weight, logit_softcap, reduction, return_stats, mesh_axes
+):
     """(`Options`, the scalars that are traced) of a call."""
     ignore_index = _checks.ignored_class(name, ignore_index, labels)
     smoothing = _checks.scalar(name, "label_smoothing", label_smoothing, 0, 1)
@@ -139,6 +153,8 @@ def options_of(name, labels, ignore_index, label_smoothing, z_loss_weight, logit
         logit_softcap=_checks.softcap(name, logit_softcap),
         reduction=_checks.reduction(name, reduction),
         return_stats=_checks.flag(name, "return_stats", return_stats),
+        shards=mesh_axes[0],
+        batch_axis_name=mesh_axes[1],
     )
     return options, tuple(None if isinstance(value, float) else value for value in (smoothing, z_weight))
 
@@ -168,21 +184,27 @@ def stats_of(costs, keep, weight):
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _cross_entropy(options, axis, logits, labels, class_weight, sample_weight, where, traced):
-    classes = logits.shape[axis]
     shape = logits.shape[:axis] + logits.shape[axis + 1 :]
     form = options.form(axis)
 
-    keep = counted(labels, where, options.ignore_index, shape)
+    placed = partial(along_positions, other=logits, axis=axis)
+    keep = counted(labels, where, options.ignore_index, shape, placed)
     if by_index(labels):
-        labels = only(keep, labels)  # 0 where ignored: in range
-        report("cross_entropy", labels, classes)
+        labels = only(keep, placed(labels))  # 0 where ignored: in range
+        report("cross_entropy", labels, logits.shape[axis] * options.shards.number)
+    else:
+        labels = sharded_like(labels, logits)
+    first = first_class(options.shards, logits.shape[axis])
     in_sums = class_weight if form.uniform or not by_index(labels) else None
-    rows = costs(form, *alike(logits, labels, in_sums), None if keep is None else jnp.expand_dims(keep, axis))
+    in_sums = sharded_like(in_sums, logits, [axis])
+    axes = everywhere(logits, labels, in_sums, axis_name=options.shards.axis_name)
+    inputs = cast(logits, axes), labels if by_index(labels) else cast(labels, axes), cast(in_sums, axes)
+    rows = costs(form, *inputs, None if keep is None else jnp.expand_dims(keep, axis), first)
     rows = jax.tree.map(lambda row: only(keep, jnp.squeeze(row, axis)), rows)
 
-    label_weight = weight_of(labels, class_weight, keep)
-    share = share_of(sample_weight, keep, shape)
+    label_weight = weight_of(labels, class_weight, keep, options.shards, first)
+    share = share_of(sample_weight, keep, shape, placed)
     losses = weigh(coefficients_of(options, traced, label_weight, share), rows)
-    weight = denominator(label_weight, share, keep, shape, losses.dtype)
-    loss = reduce(losses, weight, options.reduction)
+    weight = denominator(label_weight, share, keep, shape, losses.dtype, options.batch_axis_name)
+    loss = reduce(losses, weight, options.reduction, options.batch_axis_name)
     return (loss, stats_of(rows, keep, weight)) if options.return_stats else loss

@@ -4,11 +4,13 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.experimental import checkify
+from jax.sharding import AxisType
 from jaxtyping import Int
 
 from jxent import _checks
+from jxent._shards import by_compiler
 
 
 def next_token_labels(tokens: Int[Array, "*batch length"], *, ignore_index: int = -100) -> Int[Array, "*batch length"]:
@@ -52,20 +54,8 @@ def next_token_labels(tokens: Int[Array, "*batch length"], *, ignore_index: int 
 @partial(jax.jit, static_argnums=1)
 def _shifted(tokens, ignore_index):
     last = jnp.arange(tokens.shape[-1]) == tokens.shape[-1] - 1
-    return jnp.where(last, jnp.asarray(ignore_index, tokens.dtype), jnp.roll(tokens, -1, axis=-1))
-
-
-def alike(*arrays):
-    """The arrays, with those that are replicated over an axis of `shard_map` cast to vary where another one varies.
-
-    A custom gradient must vary as its argument does; the cast's transpose sums it over the axis.
-    """
-    varying = [frozenset() if a is None else jax.typeof(a).manual_axis_type.varying for a in arrays]
-    missing = [tuple(frozenset().union(*varying) - own) for own in varying]
-    return [
-        lax.pcast(a, axes, to="varying") if a is not None and axes else a
-        for a, axes in zip(arrays, missing, strict=True)
-    ]
+    rolled = by_compiler(partial(jnp.roll, shift=-1, axis=-1), jax.typeof(tokens).sharding.spec, tokens)
+    return jnp.where(last, jnp.asarray(ignore_index, tokens.dtype), rolled)
 
 
 def by_index(labels):
@@ -95,6 +85,8 @@ def times(values, weight):
 
 def report(function, labels, classes):
     """Under `jax.experimental.checkify`, an error that names a label out of range; otherwise nothing."""
+    if AxisType.Explicit in jax.typeof(labels).sharding.mesh.axis_types:
+        return  # there a check cannot be vmapped: JAX sorts the errors of all examples
     bad = out_of_range(labels, classes)
     least = jnp.iinfo(labels.dtype).min
     checkify.debug_check(

@@ -1,6 +1,5 @@
 """`linear_cross_entropy`: arguments, the jit-compiled loss, and how many positions it takes at once."""
 
-import math
 from functools import partial
 from typing import Any
 
@@ -9,12 +8,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jxent import _checks
-from jxent._blocks import blocks_of
+from jxent._checks import AxisName
 from jxent._cross_entropy import Stats, coefficients_of, options_of, stats_of
-from jxent._labels import alike, by_index, report
-from jxent._linear_costs import Inputs, Sweep, linear_costs, linear_total
+from jxent._labels import by_index, report
+from jxent._linear_costs import linear_costs, linear_total
 from jxent._reduce import Coefficients, counted, denominator, only, reduce, share_of, weigh, weight_of
 from jxent._rows import compute_dtype
+from jxent._shards import along_positions, cast, everywhere, first_class, total
+from jxent._sweep import Inputs, Sweep
 
 
 def linear_cross_entropy(
@@ -32,6 +33,8 @@ def linear_cross_entropy(
     z_loss_weight: float | Float[Array, ""] = 0.0,
     logit_softcap: float | None = None,
     reduction: str = "mean",
+    axis_name: AxisName | None = None,
+    batch_axis_name: AxisName | None = None,
     return_stats: bool = False,
     block_size: int | None = None,
     recompute: bool = False,
@@ -68,12 +71,18 @@ def linear_cross_entropy(
       logit_softcap: a Python number c > 0; the logits become ``c * tanh(logits / c)`` first.
       reduction: ``"mean"``, ``"sum"`` or ``"none"``, as for `cross_entropy`. With ``"none"`` the gradients are computed
         in the backward pass.
+      axis_name: inside `jax.shard_map` (or `jax.vmap` with an axis name), the mesh axis or axes over which the
+        vocabulary is sharded, as in `cross_entropy`: `kernel`, `bias`, `class_weight` and probability labels are then
+        this shard's, `hidden` and index labels are the same on every shard.
+      batch_axis_name: likewise for the positions, as in `cross_entropy`. Arrays that are sharded under plain `jax.jit`
+        need neither of the two.
       return_stats: also return `Stats`.
-      block_size: how many positions are in flight at once, at most (under `jax.vmap`, of each example). The temporaries
-        are ``block_size * vocab`` logits and as many gradients of logits; the answer does not depend on it. The default
-        is a quarter of the positions, or as many as have 64 MiB of float32 logits if that is less, but at least 256; on
-        a GPU or TPU 1 GiB and 1024. A larger block makes larger matmuls and fewer updates of the kernel's gradient, a
-        smaller one takes less memory.
+      block_size: how many positions are in flight at once, at most; under `jax.vmap`, of each example; where `jax.jit`
+        shards the positions, on all devices together. The temporaries are ``block_size * vocab`` logits and as many
+        gradients of logits; the answer does not depend on it. The default is a quarter of the positions (of a device's,
+        where they are sharded), or as many as have 64 MiB of float32 logits if that is less, but at least 256; on a GPU
+        or TPU 1 GiB and 1024. A larger block makes larger matmuls and fewer updates of the kernel's gradient, a smaller
+        one takes less memory.
       recompute: compute the gradients in the backward pass, for a fourth matmul, so that no gradient is kept between
         the two passes; ``reduction="none"`` always does.
       precision: of the matmuls, as in `jax.lax.dot_general`. A TPU multiplies float32 in bfloat16 unless told
@@ -112,16 +121,17 @@ def linear_cross_entropy(
     labels = _checks.class_labels(name, None, logits, labels, axis)
     bias = _checks.per_class(name, "bias", bias, classes)
     class_weight, sample_weight, where = _checks.weights(name, class_weight, sample_weight, where, logits, axis)
-    options, traced = options_of(
-        name, labels, ignore_index, label_smoothing, z_loss_weight, logit_softcap, reduction, return_stats
+    mesh_axes = _checks.mesh_axes(
+        name, axis_name, batch_axis_name, reduction, ("hidden", hidden), classes=("kernel", kernel)
     )
-    if block_size is None:
-        block_size = _default_block_size(math.prod(hidden.shape[:-1]), classes)
+    options, traced = options_of(
+        name, labels, ignore_index, label_smoothing, z_loss_weight, logit_softcap, reduction, return_stats, mesh_axes
+    )
     form = options.form(axis)._replace(room=True)
     sweep = Sweep(
         form=form,
         vocab_axis=vocab_axis,
-        blocks=blocks_of(hidden.shape[:-1], _checks.positive(name, "block_size", block_size)),
+        block_size=None if block_size is None else _checks.positive(name, "block_size", block_size),
         precision=_checks.matmul_precision(name, precision),
     )
     recompute = _checks.flag(name, "recompute", recompute)
@@ -130,28 +140,27 @@ def linear_cross_entropy(
     return _linear_cross_entropy(options, sweep, recompute, inputs, class_weight, sample_weight, where, traced)
 
 
-def _default_block_size(positions, classes):
-    least, budget = (256, 64 * 2**20) if jax.default_backend() == "cpu" else (1024, 2**30)
-    return max(least, min(positions // 4, budget // (4 * classes)))
-
-
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _linear_cross_entropy(options, sweep, recompute, inputs, class_weight, sample_weight, where, traced):
-    labels, shape = inputs.labels, inputs.hidden.shape[:-1]
-    keep = counted(labels, where, options.ignore_index, shape)
+    hidden, labels, shape = inputs.hidden, inputs.labels, inputs.hidden.shape[:-1]
+    classes = inputs.kernel.shape[sweep.vocab_axis]
+    placed = partial(along_positions, other=hidden, axis=hidden.ndim - 1)
+    keep = counted(labels, where, options.ignore_index, shape, placed)
     if by_index(labels):
-        labels = only(keep, labels)  # 0 where ignored: in range
-        report("linear_cross_entropy", labels, inputs.kernel.shape[sweep.vocab_axis])
-    inputs = inputs._replace(labels=labels, keep=keep)
+        labels = only(keep, placed(labels))  # 0 where ignored: in range
+        report("linear_cross_entropy", labels, classes * options.shards.number)
+    first = first_class(options.shards, classes)
+    inputs = inputs._replace(labels=labels, keep=keep, first=first)
 
-    label_weight = weight_of(labels, class_weight, keep)
-    share = share_of(sample_weight, keep, shape)
+    label_weight = weight_of(labels, class_weight, keep, options.shards, first)
+    share = share_of(sample_weight, keep, shape, placed)
     coefficients = coefficients_of(options, traced, label_weight, share)
     dtype = compute_dtype(inputs.hidden.dtype, inputs.kernel.dtype)
-    weight = denominator(label_weight, share, keep, shape, dtype)
+    weight = denominator(label_weight, share, keep, shape, dtype, options.batch_axis_name)
     if options.reduction == "none" or recompute:
-        rows = linear_costs(sweep, Inputs(*alike(*inputs)))
-        loss = reduce(weigh(coefficients, rows), weight, options.reduction)
+        inputs, _ = _alike(options, inputs, ())
+        rows = linear_costs(sweep, inputs)
+        loss = reduce(weigh(coefficients, rows), weight, options.reduction, options.batch_axis_name)
     else:
         # Divided by the denominator before the sweep: what is kept for the backward pass is then the gradient itself.
         divisor = jnp.where(weight == 0, 1, weight) if options.reduction == "mean" else 1
@@ -159,9 +168,10 @@ def _linear_cross_entropy(options, sweep, recompute, inputs, class_weight, sampl
             _everywhere(c, keep, shape, dtype) / divisor if wanted else None
             for c, wanted in zip(coefficients, (True, sweep.form.uniform, sweep.form.z), strict=True)
         ]
-        both = alike(*inputs, *every)
-        swept: Any = linear_total(sweep, Inputs(*both[: len(inputs)]), Coefficients(*both[len(inputs) :]))
+        inputs, every = _alike(options, inputs, every)
+        swept: Any = linear_total(sweep, inputs, Coefficients(*every))
         loss, rows = swept
+        loss = total(loss, options.batch_axis_name)
         loss = jnp.where(weight == 0, jnp.nan, loss) if options.reduction == "mean" else loss
     return (loss, stats_of(rows, keep, weight)) if options.return_stats else loss
 
@@ -171,3 +181,15 @@ def _everywhere(coefficient, keep, shape, dtype):
     if isinstance(coefficient, jax.Array):
         dtype = jnp.promote_types(coefficient.dtype, dtype)
     return only(keep, jnp.broadcast_to(jnp.asarray(1 if coefficient is None else coefficient, dtype), shape))
+
+
+def _alike(options, inputs, coefficients):
+    """Both, cast to vary along the mesh axes along which any of them varies; see `cast`.
+
+    What there is one of for each position, whatever the classes, is the same on every shard of the classes.
+    """
+    axes = everywhere(*inputs, *coefficients, axis_name=options.shards.axis_name)
+    positional = axes - frozenset(options.shards.axis_name)
+    per_position = ("keep", "labels") if by_index(inputs.labels) else ("keep",)
+    inputs = {name: cast(a, positional if name in per_position else axes) for name, a in inputs._asdict().items()}
+    return Inputs(**inputs), [cast(c, positional) for c in coefficients]

@@ -8,9 +8,11 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jxent import _checks
-from jxent._labels import alike, along, by_index, clipped, out_of_range, report, times
+from jxent._checks import AxisName
+from jxent._labels import along, by_index, clipped, out_of_range, report, times
 from jxent._reduce import counted, denominator, only, product_of, reduce, share_of, weight_of, weighted
-from jxent._rows import again, class_sum, compute_dtype, pick, product
+from jxent._rows import again, class_sum, compute_dtype, label_logit, product
+from jxent._shards import along_positions, cast, everywhere, first_class, offset, own, sharded_like, summed
 
 
 def nll_loss(
@@ -23,6 +25,8 @@ def nll_loss(
     where: Bool[Array, "*#positions"] | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
+    axis_name: AxisName | None = None,
+    batch_axis_name: AxisName | None = None,
 ) -> Float[Array, "..."]:
     """Negative log-likelihood of the labels, in nats.
 
@@ -39,6 +43,8 @@ def nll_loss(
       where: boolean, broadcasts to the positions; False leaves a position out, whatever it holds.
       ignore_index: a position with this index label is left out.
       reduction: ``"mean"``, ``"sum"`` or ``"none"``, as in `cross_entropy`.
+      axis_name, batch_axis_name: mesh axes of sharded classes and positions inside `jax.shard_map`, as in
+        `cross_entropy`.
 
     Returns:
       The loss in float32, or in float64 if an input is: a scalar, or for ``reduction="none"`` the positions' shape.
@@ -64,57 +70,73 @@ def nll_loss(
     class_weight, sample_weight, where = _checks.weights(name, class_weight, sample_weight, where, log_probs, axis)
     ignore_index = _checks.ignored_class(name, ignore_index, labels)
     reduction = _checks.reduction(name, reduction)
-    return _nll_loss(axis, ignore_index, reduction, log_probs, labels, class_weight, sample_weight, where)
+    mesh_axes = _checks.mesh_axes(name, axis_name, batch_axis_name, reduction, ("log_probs", log_probs))
+    return _nll_loss(axis, ignore_index, reduction, mesh_axes, log_probs, labels, class_weight, sample_weight, where)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def _nll_loss(axis, ignore_index, reduction, log_probs, labels, class_weight, sample_weight, where):
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _nll_loss(axis, ignore_index, reduction, mesh_axes, log_probs, labels, class_weight, sample_weight, where):
+    shards, batch_axis_name = mesh_axes
     shape = log_probs.shape[:axis] + log_probs.shape[axis + 1 :]
-    keep = counted(labels, where, ignore_index, shape)
+    placed = partial(along_positions, other=log_probs, axis=axis)
+    keep = counted(labels, where, ignore_index, shape, placed)
     if by_index(labels):
-        labels = only(keep, labels)  # 0 where ignored: in range
-        report("nll_loss", labels, log_probs.shape[axis])
+        labels = only(keep, placed(labels))  # 0 where ignored: in range
+        report("nll_loss", labels, log_probs.shape[axis] * shards.number)
+    else:
+        labels = sharded_like(labels, log_probs)
+    first = first_class(shards, log_probs.shape[axis])
     in_sums = None if by_index(labels) else class_weight
-    costs = _costs(axis, *alike(log_probs, labels, in_sums), None if keep is None else jnp.expand_dims(keep, axis))
-    label_weight = weight_of(labels, class_weight, keep)
-    share = share_of(sample_weight, keep, shape)
+    in_sums = sharded_like(in_sums, log_probs, [axis])
+    axes = everywhere(log_probs, labels, in_sums, axis_name=shards.axis_name)
+    inputs = cast(log_probs, axes), labels if by_index(labels) else cast(labels, axes), cast(in_sums, axes)
+    costs = _costs((axis, shards), *inputs, None if keep is None else jnp.expand_dims(keep, axis), first)
+    label_weight = weight_of(labels, class_weight, keep, shards, first)
+    share = share_of(sample_weight, keep, shape, placed)
     losses = weighted(product_of(share, label_weight), only(keep, jnp.squeeze(jnp.asarray(costs), axis)))
-    return reduce(losses, denominator(label_weight, share, keep, shape, losses.dtype), reduction)
+    weight = denominator(label_weight, share, keep, shape, losses.dtype, batch_axis_name)
+    return reduce(losses, weight, reduction, batch_axis_name)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _costs(axis, log_probs, labels, class_weight, keep) -> Array:
-    """-log p of the label, or the sum of q w * -log p, a row array."""
-    return _costs_fwd(axis, log_probs, labels, class_weight, keep)[0]
+def _costs(layout, log_probs, labels, class_weight, keep, first) -> Array:
+    """-log p of the label, or the sum of q w * -log p, a row array. `layout` is (class axis, `Shards`)."""
+    return _costs_fwd(layout, log_probs, labels, class_weight, keep, first)[0]
 
 
-def _costs_fwd(axis, log_probs, labels, class_weight, keep):
-    return _cost_rows(axis, log_probs, labels, class_weight), (log_probs, labels, class_weight, keep)
+def _costs_fwd(layout, log_probs, labels, class_weight, keep, first):
+    rows = _cost_rows(layout, log_probs, labels, class_weight, first)
+    return own(rows, layout[1], first), (log_probs, labels, class_weight, keep, first)
 
 
-def _cost_rows(axis, log_probs, labels, class_weight):
+def _cost_rows(layout, log_probs, labels, class_weight, first):
+    axis, shards = layout
     if by_index(labels):
-        classes = log_probs.shape[axis]
-        cost = -pick(log_probs, clipped(labels, classes, axis), axis).astype(compute_dtype(log_probs.dtype))
+        classes = log_probs.shape[axis] * shards.number
+        index = offset(clipped(labels, classes, axis), first)
+        cost = -label_logit(log_probs, index, axis, shards.axis_name).astype(compute_dtype(log_probs.dtype))
         return jnp.where(out_of_range(jnp.expand_dims(labels, axis), classes), jnp.nan, cost)
     dtype = compute_dtype(log_probs.dtype, labels.dtype)
     (log_probs, labels), class_weight, unit = again(jnp.zeros((), dtype), (log_probs, labels), class_weight)
     weight = times(labels.astype(dtype), along(class_weight, labels.ndim, axis, dtype))
-    return class_sum(product(weight, -log_probs.astype(dtype), unit), axis)
+    return class_sum(product(weight, -log_probs.astype(dtype), unit), axis, shards.axis_name)
 
 
 # d / d log_probs[j] is -1 at the label and 0 elsewhere, or -q[j] w[j]. A custom rule, because the transpose of a gather
 # is a scatter into zeros, which neither fuses nor partitions, and because 0 * inf counts as 0.
-def _costs_bwd(axis, residuals, cotangent):
-    log_probs, labels, class_weight, keep = residuals
+def _costs_bwd(layout, residuals, cotangent):
+    axis, shards = layout
+    log_probs, labels, class_weight, keep, first = residuals
+    cotangent = summed(cotangent, shards)
     dtype = cotangent.dtype
     (log_probs, labels), class_weight, _ = again(cotangent, (log_probs, labels), class_weight)
     grad_labels = grad_weight = None
     if by_index(labels):
         labels = jnp.expand_dims(labels, axis)
-        at_label = lax.broadcasted_iota(labels.dtype, log_probs.shape, axis) == labels
-        grad = jnp.where(at_label, -cotangent, 0)
-        grad = jnp.where(out_of_range(labels, log_probs.shape[axis]), jnp.nan, grad)
+        at_label = lax.broadcasted_iota(labels.dtype, log_probs.shape, axis) == offset(labels, first)
+        # 0 by way of the log-probabilities, of whose sharding the compiler would know nothing otherwise.
+        grad = jnp.where(at_label, -cotangent, jnp.where(log_probs < 0, jnp.zeros((), dtype), 0))
+        grad = jnp.where(out_of_range(labels, log_probs.shape[axis] * shards.number), jnp.nan, grad)
     else:
         w = along(class_weight, labels.ndim, axis, dtype)
         q, log_p = labels.astype(dtype), log_probs.astype(dtype)
@@ -124,7 +146,8 @@ def _costs_bwd(axis, residuals, cotangent):
         if class_weight is not None:
             positions = tuple(a for a in range(labels.ndim) if a != axis)
             grad_weight = jnp.sum(only(keep, cotangent * q * cost), positions).astype(class_weight.dtype)
-    return only(keep, grad).astype(log_probs.dtype), grad_labels, grad_weight, None
+    grads = only(keep, grad).astype(log_probs.dtype), grad_labels, grad_weight
+    return *map(sharded_like, grads, residuals[:3]), None, None
 
 
 _costs.defvjp(_costs_fwd, _costs_bwd)

@@ -7,21 +7,26 @@ import functools
 import operator
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
 from jxent._labels import by_index
 from jxent._rows import compute_dtype
+from jxent._shards import by_compiler, offset, total
 
 
-def counted(labels, where, ignore_index, shape):
-    """The positions that count, a boolean array of `shape`, or None where all do."""
+def counted(labels, where, ignore_index, shape, placed):
+    """The positions that count, a boolean array of `shape`, or None where all do.
+
+    `placed` shards an array of the positions as the logits or hidden states are, see `along_positions`.
+    """
     keep = None
     if by_index(labels) and _holds(labels.dtype, ignore_index):
-        keep = labels != ignore_index
+        keep = placed(labels) != ignore_index
     if where is None:
         return keep
-    where = jnp.broadcast_to(where, shape)
+    where = placed(jnp.broadcast_to(where, shape))
     return where if keep is None else keep & where
 
 
@@ -30,13 +35,18 @@ def _holds(dtype, value):
     return info.min <= value <= info.max
 
 
-def weight_of(labels, class_weight, keep):
+def weight_of(labels, class_weight, keep, shards, first):
     """The class weight of each index label that counts; None without class weights, or for class probabilities."""
     if class_weight is None or not by_index(labels):
         return None
     # At least float32: the sums over positions and their gradients are taken in this dtype.
     class_weight = class_weight.astype(compute_dtype(class_weight.dtype))
-    return only(keep, class_weight[jnp.clip(labels, 0, class_weight.size - 1)])
+    index = offset(labels, first)
+    inside = jnp.clip(index, 0, class_weight.size - 1)
+    weight = by_compiler(lambda w, i: w[i], jax.typeof(labels).sharding.spec, class_weight, inside)
+    if first is not None:
+        weight = total(jnp.where(index == inside, weight, 0), shards.axis_name)
+    return only(keep, weight)
 
 
 def weighted(weight, costs):
@@ -67,12 +77,12 @@ def weigh(coefficients, costs):
     return functools.reduce(jnp.add, [weighted(c, cost) for c, cost in pairs if cost is not None])
 
 
-def share_of(sample_weight, keep, shape):
-    """The sample weights in full, 0 where a position does not count; None for None."""
+def share_of(sample_weight, keep, shape, placed):
+    """The sample weights in full, 0 where a position does not count; None for None. `placed` as in `counted`."""
     if sample_weight is None:
         return None
     sample_weight = sample_weight.astype(compute_dtype(sample_weight.dtype))
-    return only(keep, jnp.broadcast_to(sample_weight, shape))
+    return only(keep, placed(jnp.broadcast_to(sample_weight, shape)))
 
 
 def product_of(*factors):
@@ -81,23 +91,24 @@ def product_of(*factors):
     return functools.reduce(operator.mul, factors) if factors else None
 
 
-def denominator(label_weight, share, keep, shape, dtype):
-    """What the mean divides by: the weights of the positions that count, or their number."""
+def denominator(label_weight, share, keep, shape, dtype, axis_name=()):
+    """What the mean divides by: the weights of the positions that count, or their number; over all shards."""
     weight = product_of(label_weight, share)
     if weight is not None:
-        return jnp.sum(weight)
+        return total(jnp.sum(weight), axis_name)
     # An integer sum: one of float32 ones may stop at 2**24.
     ones = jnp.ones(shape, jnp.int32) if keep is None else keep.astype(jnp.int32)
-    return jnp.sum(ones).astype(dtype)
+    return total(jnp.sum(ones), axis_name).astype(dtype)
 
 
-def mean(total, weight):
+def mean(loss, weight):
     """The mean of nothing is nan, with a gradient of 0."""
-    return jnp.where(weight == 0, jnp.nan, total / jnp.where(weight == 0, 1, weight))
+    return jnp.where(weight == 0, jnp.nan, loss / jnp.where(weight == 0, 1, weight))
 
 
-def reduce(losses, weight, reduction):
+def reduce(losses, weight, reduction, axis_name=()):
+    """The loss; for a mean and a sum, over the positions of all shards."""
     if reduction == "none":
         return losses
-    total = jnp.sum(losses)
-    return mean(total, weight) if reduction == "mean" else total
+    loss = total(jnp.sum(losses), axis_name)
+    return mean(loss, weight) if reduction == "mean" else loss

@@ -17,7 +17,8 @@ feeds it, but
 - not with a value of the logits' size that another pass uses too, be it the upcast logits, a broadcast row or a
   broadcast constant: hence `again`, which gives each pass values of its own.
 
-A "row" array has the logits' shape with size 1 along the class axes.
+A "row" array has the logits' shape with size 1 along the class axes. Where the classes are sharded over `axis_name`
+(`_shards`), each sum over classes and each maximum is one over the shards too: of row arrays, nothing larger.
 """
 
 from functools import partial
@@ -26,11 +27,25 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.sharding import PartitionSpec
+
+from jxent._shards import by_compiler, largest, total
 
 
 def compute_dtype(*dtypes):
     """At least float32, and float64 if any of `dtypes` is."""
     return jnp.promote_types(jnp.result_type(*dtypes), jnp.float32)
+
+
+@jax.custom_jvp
+def barrier(values):
+    """`lax.optimization_barrier`, but no barrier to tangents, which JAX 0.12 cannot always transpose."""
+    return lax.optimization_barrier(values)
+
+
+@barrier.defjvp
+def _barrier_jvp(primals, tangents):
+    return barrier(*primals), tangents[0]
 
 
 def again(previous, logits, *rows):
@@ -40,13 +55,13 @@ def again(previous, logits, *rows):
     takes its constants as multiples of it, to have them for itself.
     """
     unit = jnp.ones((), previous.dtype)
-    logits, rows, unit, _ = lax.optimization_barrier((logits, rows, unit, previous))
+    logits, rows, unit, _ = barrier((logits, rows, unit, previous))
     return logits, *rows, unit
 
 
-def class_sum(values, axis):
+def class_sum(values, axis, axis_name=()):
     """The sum over the class axes, a row array."""
-    row = jnp.sum(values, axis, keepdims=True)
+    row = total(jnp.sum(values, axis, keepdims=True), axis_name)
     # Itself, but a selection: without one XLA:CPU fuses the sum forwards too, into what the next pass makes of it for
     # each logit, and writes that.
     return jnp.where(row == jnp.inf, jnp.inf, row)
@@ -113,6 +128,14 @@ def product(weight, cost, unit):
     return weight * finite + (4 * unit) * excess
 
 
+def label_logit(logits, labels, axis, axis_name=()):
+    """The logit of each row's label. `labels` is a row array, counted from this shard's first class."""
+    if not axis_name:
+        return pick(logits, labels, axis)
+    inside = jnp.clip(labels, 0, logits.shape[axis] - 1)
+    return total(jnp.where(labels == inside, pick(logits, inside, axis), 0), axis_name)
+
+
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
 def pick(logits, labels, axis):
     """The logit of each row's label (a row array of class indices in range)."""
@@ -129,7 +152,9 @@ def _pick_jvp(axis, primals, tangents):
 
 
 def _take(logits, labels, axis):
-    return jnp.take_along_axis(logits, labels, axis, mode="clip")
+    spec = [*jax.typeof(logits).sharding.spec]
+    spec[axis] = None
+    return by_compiler(partial(jnp.take_along_axis, axis=axis, mode="clip"), PartitionSpec(*spec), logits, labels)
 
 
 # --- the normalizer ---------------------------------------------------------------------------------------------------
@@ -144,43 +169,46 @@ class Rows(NamedTuple):
     exp: Array | None  # of the logits' shape: exp(x - m), but 0 at a label that is left out; None unless there is room
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4, 5))
-def normalizer(logits, label, axis, cap, dtype, room=False):
+@partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4, 5, 6))
+def normalizer(logits, label, axis, cap, dtype, room=False, axis_name=()):
     """The `Rows` of the logits.
 
-    `label` is a row array of the class to leave out of the sum, or None to leave out the maximum, which gives log_z
-    itself full relative precision and not only the loss log_z - (x[label] - m). With `room` for an array of the logits'
-    size the exponentials are taken once and kept; without they are taken anew in each pass.
+    `label` is the class to leave out of the sum and its logit, both row arrays; or None to leave out the maximum, which
+    gives log_z itself full relative precision and not only the loss log_z - (x[label] - m). With `room` for an array of
+    the logits' size the exponentials are taken once and kept; without they are taken anew in each pass.
     """
     # The maximum before the upcast, which the next pass would share.
-    largest = jnp.max(logits, axis, keepdims=True, initial=-jnp.inf if 0 in logits.shape else None).astype(dtype)
-    empty = largest == -jnp.inf
-    top = jnp.where(empty, 0, largest)
+    top = largest(jnp.max(logits, axis, keepdims=True, initial=-jnp.inf if 0 in logits.shape else None), axis_name)
+    top = top.astype(dtype)
+    empty = top == -jnp.inf
+    top = jnp.where(empty, 0, top)
     unit = jnp.ones((), dtype)
     exp = jnp.exp(centered(logits, top, cap, unit)) if room else None
     if label is not None:
-        d = centered(pick(logits, label, *axis), top, cap, unit)
+        index, logit = label
+        d = centered(logit, top, cap, unit)
         if exp is not None:
-            exp = jnp.where(lax.broadcasted_iota(label.dtype, exp.shape, *axis) == label, 0, exp)
-            others = class_sum(exp, axis)
+            exp = jnp.where(lax.broadcasted_iota(index.dtype, exp.shape, *axis) == index, 0, exp)
+            others = class_sum(exp, axis, axis_name)
         else:
             x, top_, unit = again(d, logits, top)
-            kept = jnp.minimum(jnp.abs(lax.broadcasted_iota(dtype, x.shape, *axis) - label.astype(dtype)), unit)
-            others = class_sum(jnp.exp(centered(x, top_, cap, unit)) * kept, axis)
+            kept = jnp.minimum(jnp.abs(lax.broadcasted_iota(dtype, x.shape, *axis) - index.astype(dtype)), unit)
+            others = class_sum(jnp.exp(centered(x, top_, cap, unit)) * kept, axis, axis_name)
         rest = others + jnp.expm1(d)
     else:
         if exp is not None:
-            total = class_sum(exp, axis)
-            exp_, unit = again(total, exp)
-            # Where the total is below 1.5, the maximum alone has an exponential of 1.
+            all_terms = class_sum(exp, axis, axis_name)
+            exp_, unit = again(all_terms, exp)
+            # Where the sum is below 1.5, the maximum alone has an exponential of 1.
             terms = exp_ * jnp.minimum((unit - exp_) * (_most(unit) / 4), unit)
         else:
             x, top_, unit = again(top, logits, top)
-            total = class_sum(jnp.exp(centered(x, top_, cap, unit)), axis)
-            x, top_, unit = again(total, logits, top)
+            all_terms = class_sum(jnp.exp(centered(x, top_, cap, unit)), axis, axis_name)
+            x, top_, unit = again(all_terms, logits, top)
             terms = jnp.exp(centered(x, top_, cap, unit)) * below_max(x, top_, unit)
-        # Where the total is at least 1.5, 1 can be taken off it; where it is not, the maximum is unique.
-        rest = jnp.where(total < 1.5, class_sum(terms, axis), total - 1)
+        # Where the sum is at least 1.5, 1 can be taken off it; where it is not, the maximum is unique.
+        rest = jnp.where(all_terms < 1.5, class_sum(terms, axis, axis_name), all_terms - 1)
+    empty &= rest == rest  # a maximum over shards may pass over NaN
     log_z = jnp.log1p(jnp.where(empty, 0, rest))
     m = top if cap is None else cap * jnp.tanh(top / cap)
     log_normalizer = jnp.where(m == jnp.inf, jnp.inf, m + log_z)  # where log_z is NaN
@@ -188,10 +216,10 @@ def normalizer(logits, label, axis, cap, dtype, room=False):
 
 
 @normalizer.defjvp
-def _normalizer_jvp(axis, cap, dtype, room, primals, tangents):
+def _normalizer_jvp(axis, cap, dtype, room, axis_name, primals, tangents):
     logits, label = primals
-    rows = normalizer(logits, label, axis, cap, dtype, room)
+    rows = normalizer(logits, label, axis, cap, dtype, room, axis_name)
     unit = jnp.ones((), dtype)
     z, dz = jax.jvp(lambda logits: centered(logits, rows.top, cap, unit), (logits,), (tangents[0],))
-    dlog_z = jnp.sum(jnp.exp(z - rows.log_z) * dz, axis, keepdims=True)
+    dlog_z = total(jnp.sum(jnp.exp(z - rows.log_z) * dz, axis, keepdims=True), axis_name)
     return rows, Rows(jnp.zeros_like(rows.top), dlog_z, dlog_z, rows.exp * dz if room else None)

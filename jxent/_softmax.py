@@ -11,7 +11,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jxent import _checks
+from jxent._checks import AxisName
 from jxent._rows import again, below_max, class_sum, compute_dtype, normalizer, unmasked
+from jxent._shards import cast, everywhere, first_class, own, shards_of, summed
 
 Axis = int | tuple[int, ...] | None
 
@@ -22,6 +24,7 @@ def logsumexp(
     *,
     where: Bool[Array, "*#shape"] | None = None,
     keepdims: bool = False,
+    axis_name: AxisName | None = None,
 ) -> Float[Array, "..."]:
     """Logarithm of the sum of the exponentials of the logits, the softmax's log-normalizer, in nats.
 
@@ -30,6 +33,7 @@ def logsumexp(
       axis: the axis or axes to sum over; None for all.
       where: boolean, broadcasts to the logits; classes to include.
       keepdims: keep the summed axes with size 1.
+      axis_name: inside `jax.shard_map`, the mesh axis or axes over which `axis` is sharded; the sum is over all shards.
 
     Returns:
       The logits' shape without `axis`, in the logits' dtype; -inf where nothing is summed, with a gradient of 0.
@@ -45,13 +49,16 @@ def logsumexp(
 
     Reference: https://docs.jax.dev/en/latest/_autosummary/jax.nn.logsumexp.html
     """
-    logits, axis, where = _arguments("logsumexp", logits, axis, where)
     keepdims = _checks.flag("logsumexp", "keepdims", keepdims)
-    return _masked(_logsumexp, axis, logits, where, keepdims)
+    return _masked(_logsumexp, *_arguments("logsumexp", logits, axis, where, axis_name), keepdims)
 
 
 def softmax(
-    logits: Float[Array, "*shape"], axis: Axis = -1, *, where: Bool[Array, "*#shape"] | None = None
+    logits: Float[Array, "*shape"],
+    axis: Axis = -1,
+    *,
+    where: Bool[Array, "*#shape"] | None = None,
+    axis_name: AxisName | None = None,
 ) -> Float[Array, "*shape"]:
     """Softmax: ``exp(logits - logsumexp(logits))``.
 
@@ -59,6 +66,7 @@ def softmax(
       logits: float16, bfloat16, float32 or float64.
       axis: the class axis or axes, over which the probabilities sum to 1; None for all.
       where: boolean, broadcasts to the logits; classes to include. The others have probability 0.
+      axis_name: inside `jax.shard_map`, the mesh axis or axes over which `axis` is sharded.
 
     Returns:
       Probabilities, in the logits' shape and dtype; 0 in a row without classes (all -inf or all excluded).
@@ -74,11 +82,15 @@ def softmax(
 
     Reference: https://docs.jax.dev/en/latest/_autosummary/jax.nn.softmax.html
     """
-    return _masked(_softmax, *_in_order(_arguments("softmax", logits, axis, where)))
+    return _masked(_softmax, *_arguments("softmax", logits, axis, where, axis_name))
 
 
 def log_softmax(
-    logits: Float[Array, "*shape"], axis: Axis = -1, *, where: Bool[Array, "*#shape"] | None = None
+    logits: Float[Array, "*shape"],
+    axis: Axis = -1,
+    *,
+    where: Bool[Array, "*#shape"] | None = None,
+    axis_name: AxisName | None = None,
 ) -> Float[Array, "*shape"]:
     """Logarithm of the softmax, in nats: ``logits - logsumexp(logits)`` in full relative precision.
 
@@ -86,6 +98,7 @@ def log_softmax(
       logits: float16, bfloat16, float32 or float64.
       axis: the class axis or axes; None for all.
       where: boolean, broadcasts to the logits; classes to include. The others have log-probability -inf.
+      axis_name: inside `jax.shard_map`, the mesh axis or axes over which `axis` is sharded.
 
     Returns:
       Log-probabilities, in the logits' shape and dtype; -inf in a row without classes.
@@ -101,30 +114,34 @@ def log_softmax(
 
     Reference: https://docs.jax.dev/en/latest/_autosummary/jax.nn.log_softmax.html
     """
-    return _masked(_log_softmax, *_in_order(_arguments("log_softmax", logits, axis, where)))
+    return _masked(_log_softmax, *_arguments("log_softmax", logits, axis, where, axis_name))
 
 
-def _arguments(function, logits, axis, where):
+def _arguments(function, logits, axis, where, axis_name):
+    """((axes, `Shards`), logits, where); the pair is static."""
     logits = _checks.floating(function, "logits", logits)
     where = _checks.mask(function, where, logits.shape, "the logits", "compare it (mask != 0)")
-    return logits, _checks.class_axes(function, logits, axis), where
-
-
-def _in_order(arguments):
-    logits, axis, where = arguments
-    return axis, logits, where
+    axes = _checks.class_axes(function, logits, axis)
+    mesh_axes = _checks.mesh_axis(function, "axis_name", axis_name, "logits", logits)
+    return (axes, shards_of(mesh_axes)), logits, where
 
 
 @partial(jax.jit, static_argnums=(0, 1, 4))
-def _masked(function, axis, logits, where, keepdims=True):
+def _masked(function, layout, logits, where, keepdims=True):
     if where is not None:
         logits = jnp.where(where, logits, -jnp.inf)
-    out = function(axis, logits)
-    return out if keepdims else jnp.squeeze(out, axis)
+    out = function(layout, cast(logits, everywhere(logits, axis_name=layout[1].axis_name)))
+    return out if keepdims else jnp.squeeze(out, layout[0])
 
 
-def _normalizer(logits, axis):
-    return normalizer(logits, None, axis, None, compute_dtype(logits.dtype))
+def _normalizer(logits, layout):
+    axis, shards = layout
+    return normalizer(logits, None, axis, None, compute_dtype(logits.dtype), axis_name=shards.axis_name)
+
+
+def _sum(values, layout):
+    axis, shards = layout
+    return class_sum(values, axis, shards.axis_name)
 
 
 def _log_p(logits, top, log_z):
@@ -135,17 +152,19 @@ def _log_p(logits, top, log_z):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _logsumexp(axis, logits):
-    return _logsumexp_fwd(axis, logits)[0]
+def _logsumexp(layout, logits):
+    return _logsumexp_fwd(layout, logits)[0]
 
 
-def _logsumexp_fwd(axis, logits):
-    rows = _normalizer(logits, axis)
-    return rows.log_normalizer.astype(logits.dtype), (logits, rows.top, rows.log_z)
+def _logsumexp_fwd(layout, logits):
+    rows = _normalizer(logits, layout)
+    out = own(rows.log_normalizer.astype(logits.dtype), layout[1], first_class(layout[1], 1))
+    return out, (logits, rows.top, rows.log_z)
 
 
-def _logsumexp_bwd(axis, residuals, cotangent):
+def _logsumexp_bwd(layout, residuals, cotangent):
     logits, top, log_z = residuals
+    cotangent = summed(cotangent, layout[1])
     x, top, log_z, _ = again(log_z, logits, top, log_z)
     return ((cotangent * jnp.exp(_log_p(x, top, log_z))).astype(logits.dtype),)
 
@@ -160,25 +179,25 @@ _logsumexp.defvjp(_logsumexp_fwd, _logsumexp_bwd)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _softmax(axis, logits):
-    return _softmax_fwd(axis, logits)[0]
+def _softmax(layout, logits):
+    return _softmax_fwd(layout, logits)[0]
 
 
-def _softmax_fwd(axis, logits):
-    top, log_z, *_ = _normalizer(logits, axis)
+def _softmax_fwd(layout, logits):
+    top, log_z, *_ = _normalizer(logits, layout)
     x, top_, log_z_, _ = again(log_z, logits, top, log_z)
     return jnp.exp(_log_p(x, top_, log_z_)).astype(logits.dtype), (logits, top, log_z)
 
 
-def _softmax_bwd(axis, residuals, cotangent):
+def _softmax_bwd(layout, residuals, cotangent):
     logits, top, log_z = residuals
     both = logits, cotangent
     x, top_, unit = again(log_z, logits, top)
-    count = class_sum(unit - below_max(x, top_, unit), axis)
+    count = _sum(unit - below_max(x, top_, unit), layout)
     (x, g), top_, unit = again(count, both, top)
-    center = class_sum((unit - below_max(x, top_, unit)) * g.astype(top.dtype), axis) / jnp.maximum(count, 1)
+    center = _sum((unit - below_max(x, top_, unit)) * g.astype(top.dtype), layout) / jnp.maximum(count, 1)
     (x, g), top_, log_z_, center_, _ = again(center, both, top, log_z, center)
-    mean = class_sum(jnp.exp(_log_p(x, top_, log_z_)) * (g.astype(top.dtype) - center_), axis)
+    mean = _sum(jnp.exp(_log_p(x, top_, log_z_)) * (g.astype(top.dtype) - center_), layout)
     (x, g), top_, log_z_, center_, mean, _ = again(mean, both, top, log_z, center, mean)
     return ((jnp.exp(_log_p(x, top_, log_z_)) * ((g.astype(top.dtype) - center_) - mean)).astype(logits.dtype),)
 
@@ -193,24 +212,24 @@ _softmax.defvjp(_softmax_fwd, _softmax_bwd)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _log_softmax(axis, logits):
-    return _log_softmax_fwd(axis, logits)[0]
+def _log_softmax(layout, logits):
+    return _log_softmax_fwd(layout, logits)[0]
 
 
-def _log_softmax_fwd(axis, logits):
-    top, log_z, *_ = _normalizer(logits, axis)
+def _log_softmax_fwd(layout, logits):
+    top, log_z, *_ = _normalizer(logits, layout)
     x, top_, log_z_, _ = again(log_z, logits, top, log_z)
     return _log_p(x, top_, log_z_).astype(logits.dtype), (logits, top, log_z)
 
 
-def _log_softmax_bwd(axis, residuals, cotangent):
+def _log_softmax_bwd(layout, residuals, cotangent):
     logits, top, log_z = residuals
     both, dtype = (logits, cotangent), top.dtype
     (x, g), unit = again(log_z, both)
-    total = class_sum(unmasked(x, unit) * g.astype(dtype), axis)
+    total = _sum(unmasked(x, unit) * g.astype(dtype), layout)
     (x, g), top_, unit = again(total, both, top)
     counted = unmasked(x, unit) * below_max(x, top_, unit)
-    others = class_sum(counted * g.astype(dtype), axis)
+    others = _sum(counted * g.astype(dtype), layout)
     (x, g), top_, log_z_, total, others, _ = again(others, both, top, log_z, total, others)
     log_p, g = _log_p(x, top_, log_z_), g.astype(dtype)
     grad = jnp.where(log_p > jnp.log(2 / 3), -jnp.expm1(log_p) * total - others, g - jnp.exp(log_p) * total)

@@ -403,9 +403,30 @@ def next_token_rows():
     )
 
 
+def mesh_axis_rows(function, *arguments):
+    """Of axes that are not in scope; tests/test_sharding.py has what can be wrong inside `shard_map`."""
+    scope = "names no axis in scope"
+    return [
+        row
+        for argument in arguments
+        for row in rows_of(
+            function,
+            argument,
+            ("unknown", "vocab", ValueError, f"='vocab' {scope}", "jax.shard_map", "need no argument"),
+            ("unknown-tuple", ("a", "b"), ValueError, scope, "jax.shard_map"),
+            ("twice", ("a", "a"), ValueError, "must not name an axis twice", "got"),
+            ("integer", 0, TypeError, "must be the name of a mesh axis", "got 0"),
+            ("spec", jax.sharding.PartitionSpec("a"), TypeError, "must be the name of a mesh axis", "got"),
+            ("unhashable", {"a": 1}, TypeError, "must be the name of a mesh axis", "got"),
+        )
+    ]
+
+
 ROWS = [row for function in SOFTMAXES for row in softmax_rows(function)]
 ROWS += [row for function, name in LOSSES.items() for row in loss_rows(function, name)]
 ROWS += cross_entropy_rows("cross_entropy") + linear_rows() + next_token_rows()
+ROWS += [row for function in SOFTMAXES for row in mesh_axis_rows(function, "axis_name")]
+ROWS += [row for function in (*LOSSES, LINEAR) for row in mesh_axis_rows(function, "axis_name", "batch_axis_name")]
 
 
 def rows(**keywords):

@@ -678,3 +678,53 @@ def test_values_do_not_retrace():
         chex.assert_max_traces(lambda h, s: jxent.linear_cross_entropy(h, kernel, labels, label_smoothing=s), 1)
     )
     assert traced(hidden, jnp.float32(0.1)) != traced(2 * hidden, jnp.float32(0.2))
+
+
+# Compiled programs and residuals of one order of calls must not serve another.
+ORDERS = [
+    ("h", "k", "checkpoint h"),
+    ("h", "checkpoint k", "h k"),
+    ("checkpoint h", "k", "h"),
+    ("h k", "k", "checkpoint k"),
+]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("order", ORDERS, ids=", ".join)
+def test_gradients_in_any_order(order, recompute, x64):
+    """What is differentiated may change from call to call, with and without checkpoint."""
+    hidden, kernel, _, labels = arrays((8,), 8, 8)
+
+    def loss(hidden, kernel):
+        return jxent.linear_cross_entropy(hidden, kernel, labels, recompute=recompute)
+
+    wanted = jax.grad(lambda h, k: jxent.cross_entropy(h @ k, labels), (0, 1))(hidden, kernel)
+    jax.clear_caches()
+    for name in order:
+        f = jax.checkpoint(loss) if "checkpoint" in name else loss
+        wrt = tuple(i for i, letter in enumerate("hk") if letter in name.removeprefix("checkpoint ").split())
+        actual = jax.jit(jax.grad(f, wrt))(hidden, kernel)
+        for i, gradient in zip(wrt, actual, strict=True):
+            np.testing.assert_allclose(gradient, wanted[i], rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("options", [{"reduction": "none"}, {"recompute": True}, {}], ids=str)
+def test_second_derivatives_of_one_block(options, x64):
+    """As many positions as features, so that no axis can be taken for another unnoticed; both orders of modes."""
+    hidden, kernel, _, labels = arrays((4,), 4, 8)
+
+    def loss(hidden, kernel):
+        return jnp.sum(jxent.linear_cross_entropy(hidden, kernel, labels, **options))
+
+    def full(hidden, kernel):
+        log_p = jax.nn.log_softmax(hidden @ kernel)
+        losses = -jnp.take_along_axis(log_p, labels[:, None], -1)
+        return jnp.sum(losses) if options.get("reduction") == "none" else jnp.mean(losses)
+
+    def squares(f):
+        return lambda kernel: jnp.sum(jax.grad(f)(hidden, kernel) ** 2)
+
+    hessians = [jax.hessian(f, 1)(hidden, kernel) for f in (loss, full)]
+    np.testing.assert_allclose(*hessians, rtol=1e-10, atol=1e-13)
+    reverse = [jax.grad(squares(f))(kernel) for f in (loss, full)]
+    np.testing.assert_allclose(*reverse, rtol=1e-10, atol=1e-13)

@@ -5,10 +5,6 @@ makes of `plain`, a textbook implementation below, in float64. Tolerances are in
 number compared; what they allow for is sums of up to `SIZE` terms taken in another order.
 """
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -500,112 +496,6 @@ def test_shard_map(name):
     total = jax.shard_map(local, mesh=one_device(), in_specs=(sharded, sharded), out_specs=PartitionSpec())
     expected = jax.value_and_grad(lambda scores: rows(name, {"scores": scores} | arrays | shared).sum())(scores)
     assert_close(jax.jit(jax.value_and_grad(total))(scores, arrays), expected, ulps=SIZE)
-
-
-# Runs under `python -c` with eight CPU devices, which a process must ask for before JAX starts.
-ON_EIGHT_DEVICES = r"""
-import json, re, sys
-import jax, jax.numpy as jnp, numpy as np, jxent
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
-
-examples, positions, classes = 16, 4, 24
-rng = np.random.default_rng(3)
-scores = jnp.asarray(rng.normal(size=(examples, positions, classes)), jnp.float32)
-index = jnp.asarray(rng.integers(0, classes, (examples, positions)), jnp.int32).at[0, 0].set(-100)
-probability = jnp.asarray(rng.dirichlet(np.ones(classes), (examples, positions)), jnp.float32)
-sample_weight = jnp.asarray(rng.uniform(0.5, 2, (examples, positions)), jnp.float32)
-class_weight = jnp.asarray(rng.uniform(0.5, 2, classes), jnp.float32)
-
-def stats(scores, labels):
-    loss, stats = jxent.cross_entropy(scores, labels, return_stats=True)
-    return loss + stats.weight
-
-def smooth(scores, labels, sample_weight):
-    return jxent.cross_entropy(scores, labels, sample_weight=sample_weight, label_smoothing=0.1, z_loss_weight=0.1)
-
-def weighted(scores, labels, class_weight):
-    return jxent.cross_entropy(scores, labels, class_weight=class_weight)
-
-def next_token(scores, tokens):
-    return jxent.cross_entropy(scores, jxent.next_token_labels(tokens))
-
-kernel = np.asarray(rng.normal(size=(classes, 40)), np.float32)
-
-def linear(hidden, labels):
-    return jxent.linear_cross_entropy(hidden, kernel, labels, block_size=16)
-
-calls = {
-    "linear": (linear, scores, index),
-    "logsumexp": (lambda x: jxent.logsumexp(x).sum(), scores),
-    "softmax": (lambda x, q: jnp.sum(jxent.softmax(x) * q), scores, probability),
-    "log_softmax": (lambda x, q: jnp.sum(jxent.log_softmax(x) * q), scores, probability),
-    "nll_loss": (jxent.nll_loss, scores, index),
-    "index": (jxent.cross_entropy, scores, index),
-    "probability": (jxent.cross_entropy, scores, probability),
-    "smooth": (smooth, scores, index, sample_weight),
-    "class_weight": (weighted, scores, index, class_weight),
-    "stats": (stats, scores, index),
-    "next_token": (next_token, scores, index),
-}
-
-def run(mode, spec, f, *arrays):
-    mesh = jax.make_mesh((4, 2), ("data", "sequence"), axis_types=(AxisType[mode],) * 2)
-    shardings = [NamedSharding(mesh, PartitionSpec(*(spec[: a.ndim] if a.ndim > 1 else ()))) for a in arrays]
-    f = jax.value_and_grad(f)
-    (loss, gradient), wanted = jax.jit(f)(*arrays), shardings[0].spec
-    with jax.set_mesh(mesh):
-        compiled = jax.jit(f).lower(*map(jax.device_put, arrays, shardings)).compile()
-        sharded_loss, sharded_gradient = compiled(*map(jax.device_put, arrays, shardings))
-    gathered = re.findall(r"= \w+\[([\d,]*)\]\S* all-(?:gather|to-all)", compiled.as_text())
-    return {
-        "loss": [float(loss), float(sharded_loss)],
-        "gradient": [np.asarray(gradient).tolist(), np.asarray(sharded_gradient).tolist()],
-        "stays_sharded": sharded_gradient.sharding.is_equivalent_to(shardings[0], 3),
-        "gathered": [int(np.prod([int(n) for n in dims.split(",") if n])) for dims in gathered],
-        "reduces": "all-reduce" in compiled.as_text(),
-        "local": scores.size // 8,
-    }
-
-results = {}
-for mode in ("Auto",):
-    for spec in (("data",), ("data", "sequence")):
-        for name, (f, *arrays) in calls.items():
-            try:
-                results[f"{mode}-{'-'.join(spec)}-{name}"] = run(mode, spec, f, *arrays)
-            except Exception as error:
-                results[f"{mode}-{'-'.join(spec)}-{name}"] = {"error": f"{type(error).__name__}: {error}"}
-json.dump(results, sys.stdout)
-"""
-SHARDED_CALLS = (
-    *("logsumexp", "softmax", "log_softmax", "nll_loss", "index", "probability"),
-    *("smooth", "class_weight", "stats", "next_token", "linear"),
-)
-
-
-@pytest.fixture(scope="module")
-def on_eight_devices():
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-c", ON_EIGHT_DEVICES]
-    done = subprocess.run(command, env=os.environ | flags, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
-@pytest.mark.parametrize("name", SHARDED_CALLS)
-@pytest.mark.parametrize("spec", ["data", "data-sequence"])
-@pytest.mark.parametrize("mode", ["Auto"])
-def test_sharded_by_jit(on_eight_devices, mode, spec, name):
-    """Plain jit on sharded inputs: the single device's answer, sharded as the scores are, and nothing gathered."""
-    result = on_eight_devices[f"{mode}-{spec}-{name}"]
-    assert "error" not in result, result["error"]
-    eps = np.finfo(np.float32).eps
-    assert result["reduces"]
-    # Sums over 64 positions, each of a few units at most, in another order.
-    np.testing.assert_allclose(*result["loss"], rtol=64 * eps)
-    one, many = map(np.asarray, result["gradient"])
-    np.testing.assert_allclose(many, one, rtol=0, atol=64 * eps * np.abs(one).max())
-    assert result["stays_sharded"]
-    assert not [size for size in result["gathered"] if size >= result["local"]]
 
 
 # --- what compiles again ----------------------------------------------------------------------------------------------

@@ -1,0 +1,206 @@
+"""The sweep over sharded arrays under plain `jax.jit`: each device sweeps over its own positions and classes.
+
+Left to XLA, the loop over blocks may sum the kernel's gradient over the devices in every block, and gather a kernel
+whose features are sharded (FSDP) there too. Here a device runs the sweep on its shards. A kernel that is sharded over
+an axis of the positions is gathered before; gradients are summed over devices, and scattered again, after. What moves
+inside the loop is one number per position and sum over classes.
+
+Mesh axes of type `Explicit` are in the types of the arrays, and the sweep is a `jax.shard_map` over them. What is
+sharded over `Auto` axes only the compiler knows, which `custom_partitioning` asks. It does not exist for a TPU
+(https://github.com/jax-ml/jax/issues/38196), whose compiler moves the sums out of the loop by itself, and the gathering
+of a kernel if it is told to.
+"""
+
+import math
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+from jax.core import ShapedArray
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.extend.core import Primitive, jaxpr_as_fun
+from jax.interpreters import ad, batching, mlir
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from jxent._layout import dimensions, entries, is_dimensions, layout, result_dimensions
+from jxent._shards import Shards, along_positions, first_class, own, sharded_like, total
+from jxent._sweep import Sweep, swept
+
+
+def sharded(sweep, wanted, inputs, coefficients) -> Any:
+    """`swept` of arrays that may be sharded."""
+    mesh = jax.typeof(inputs.hidden).sharding.mesh
+    if AxisType.Explicit in mesh.axis_types:
+        rows, grads = _explicit(sweep, wanted, inputs, coefficients)
+    elif sweep.form.shards.axis_name or mesh.manual_axes or inputs.hidden.ndim == 1:
+        rows, grads = swept(sweep, wanted, inputs, coefficients)
+    else:
+        rows, grads = _automatic(sweep, wanted, inputs, coefficients)
+    return own(rows, sweep.form.shards, inputs.first), grads
+
+
+def _on_each_device(sweep, wanted, sizes, plan, inputs, coefficients):
+    """The sweep over this device's shards, and the sums of the gradients over the other devices."""
+    vocab, positions = plan.axes["v"], plan.positions
+    outer = sweep.form.shards  # over which the caller has mapped
+    shards = Shards((*outer.axis_name, *vocab), outer.number * math.prod(sizes[a] for a in vocab))
+    inputs = inputs._replace(first=first_class(shards, inputs.kernel.shape[sweep.vocab_axis]))
+    local = sweep._replace(form=sweep.form._replace(shards=shards))
+    if sweep.block_size is not None:
+        local = local._replace(block_size=-(-sweep.block_size // math.prod(sizes[a] for a in positions)))
+    rows, grads = swept(local, wanted, inputs, coefficients)
+    for name, grad in grads.items():
+        if name == "hidden":
+            grads[name] = total(grad, vocab)
+        elif name == "kernel":
+            scattered = {1 - sweep.vocab_axis: plan.scattered("f"), sweep.vocab_axis: plan.scattered("v")}
+            for axis, axes in scattered.items():
+                if axes:
+                    grad = lax.psum_scatter(grad, axes, scatter_dimension=axis, tiled=True)
+            grads[name] = total(grad, tuple(a for a in positions if a not in sum(scattered.values(), ())))
+        elif name != "labels":
+            grads[name] = total(grad, positions)
+    return rows, grads
+
+
+def _results(sweep, wanted, arguments, inputs, coefficients):
+    arrays = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (inputs, coefficients))
+    return result_dimensions(arguments, *jax.eval_shape(partial(swept, sweep, wanted), *arrays))
+
+
+def _explicit(sweep, wanted, inputs, coefficients):
+    mesh = jax.typeof(inputs.hidden).sharding.mesh
+    # Not all of the explicit ones: over some an enclosing `vmap` may have mapped.
+    used = [axis for a in jax.tree.leaves((inputs, coefficients)) for entry in entries(a) for axis in entry]
+    if not used:
+        with jax.sharding.use_abstract_mesh(mesh):
+            return swept(sweep, wanted, inputs, coefficients)
+    sizes = {axis: mesh.shape[axis] for axis in used}
+    arguments = dimensions(sweep.vocab_axis, inputs, coefficients)
+    plan = layout(sizes, inputs, arguments[0])
+
+    def reshard(array, spec):
+        return jax.sharding.reshard(array, NamedSharding(mesh, spec))
+
+    in_specs = plan.specs(arguments)
+    arrays = jax.tree.map(reshard, (inputs, coefficients), in_specs)
+    out_specs = plan.specs(_results(sweep, wanted, arguments, inputs, coefficients))
+    local = partial(_on_each_device, sweep, wanted, sizes, plan)
+    rows, grads = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=frozenset(sizes))(
+        *arrays
+    )
+    rows = jax.tree.map(lambda row: along_positions(row, inputs.hidden, row.ndim), rows)
+    return rows, {name: sharded_like(grad, getattr(inputs, name)) for name, grad in grads.items()}
+
+
+# The sweep as a primitive, because `custom_partitioning` has no rules for derivatives and `vmap`: these take the plain
+# sweep.
+_sweep_p = Primitive("sweep")
+_sweep_p.multiple_results = True
+
+
+class _Static(NamedTuple):
+    sweep: Sweep
+    wanted: tuple[str, ...]
+    tree: Any  # of (inputs, coefficients)
+    x64: bool
+    matmul_precision: Any
+
+
+def _automatic(sweep, wanted, inputs, coefficients):
+    arrays, tree = jax.tree.flatten((inputs, coefficients))
+    config: Any = jax.config
+    static = _Static(sweep, wanted, tree, config.jax_enable_x64, config.jax_default_matmul_precision)
+    results = jax.tree.structure(jax.eval_shape(partial(swept, sweep, wanted), inputs, coefficients))
+    # A parameter, for JAX to see that its lowering depends on the devices.
+    program = jax.make_jaxpr(partial(_partitioned, static=static))(*arrays)
+    return jax.tree.unflatten(results, _sweep_p.bind(*arrays, static=static, program=program))
+
+
+def _plain(*arrays, static, program=None):
+    del program
+    return jax.tree.leaves(swept(static.sweep, static.wanted, *jax.tree.unflatten(static.tree, arrays)))
+
+
+def _partitioned(*arrays, static):
+    sweep, wanted, tree, x64, matmul_precision = static
+    arguments = dimensions(sweep.vocab_axis, *jax.tree.unflatten(tree, arrays))
+    results = _results(sweep, wanted, arguments, *jax.tree.unflatten(tree, arrays))
+
+    def plan(mesh, arrays):
+        plan = layout(dict(mesh.shape), jax.tree.unflatten(tree, arrays)[0], arguments[0])
+        names = [jax.tree.leaves(tree, is_leaf=is_dimensions) for tree in (results, arguments)]
+        return plan, jax.tree.map(partial(NamedSharding, mesh), plan.specs(names))
+
+    def partition(mesh, arrays, _):
+        plan_, (of_results, of_arguments) = plan(mesh, arrays[0])
+
+        def local(arrays):
+            # The compiler calls from a thread of its own, where `with` blocks around the loss do not reach.
+            with jax.enable_x64(x64), jax.default_matmul_precision(matmul_precision):
+                local_arrays = jax.tree.unflatten(tree, arrays)
+                return jax.tree.leaves(_on_each_device(sweep, wanted, dict(mesh.shape), plan_, *local_arrays))
+
+        return mesh, local, of_results, (of_arguments,)
+
+    def rule(tree):
+        # To the compiler the kernel's gradient is sharded as the kernel is.
+        names = jax.tree.leaves(tree, is_leaf=is_dimensions)
+        return ", ".join(" ".join(name.removeprefix("d") for name in array) for array in names)
+
+    f = custom_partitioning(lambda arrays: _plain(*arrays, static=static))
+    f.def_partition(
+        partition,
+        infer_sharding_from_operands=lambda mesh, arrays, _: plan(mesh, arrays[0])[1][0],
+        sharding_rule=f"{rule(arguments)} -> {rule(results)}",
+    )
+    return f(list(arrays))
+
+
+def _on_mesh(*arrays, static, program):
+    del static
+    return jaxpr_as_fun(program)(*arrays)
+
+
+def _by_tpu(*arrays, static, program):
+    del program
+    inputs, coefficients = jax.tree.unflatten(static.tree, arrays)
+    if not jax.sharding.get_abstract_mesh().empty:  # `jax.set_mesh`
+        entries = [PartitionSpec.UNCONSTRAINED if axis == static.sweep.vocab_axis else None for axis in range(2)]
+        kernel = lax.with_sharding_constraint(inputs.kernel, PartitionSpec(*entries))
+        inputs = inputs._replace(kernel=kernel)
+    return _plain(*jax.tree.leaves((inputs, coefficients)), static=static)
+
+
+def _abstract(*arrays, static, program):
+    del program
+    shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays]
+    return [ShapedArray(a.shape, a.dtype) for a in jax.eval_shape(partial(_plain, static=static), *shapes)]
+
+
+def _batched(arrays, axes, *, static, program):
+    del program
+    out = jax.vmap(partial(_plain, static=static), tuple(axes))(*arrays)
+    return out, [0] * len(out)
+
+
+def _jvp(primals, tangents, *, static, program):
+    del program
+    moving = [i for i, tangent in enumerate(tangents) if type(tangent) is not ad.Zero]
+
+    def f(*arrays):
+        every = list(primals)
+        for i, array in zip(moving, arrays, strict=True):
+            every[i] = array
+        return _plain(*every, static=static)
+
+    return jax.jvp(f, tuple(primals[i] for i in moving), tuple(tangents[i] for i in moving))
+
+
+_sweep_p.def_impl(_plain)
+_sweep_p.def_abstract_eval(_abstract)
+batching.primitive_batchers[_sweep_p] = _batched
+ad.primitive_jvps[_sweep_p] = _jvp
+mlir.register_lowering(_sweep_p, mlir.lower_fun(_on_mesh, multiple_results=True))
+mlir.register_lowering(_sweep_p, mlir.lower_fun(_by_tpu, multiple_results=True), platform="tpu")

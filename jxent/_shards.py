@@ -1,0 +1,127 @@
+"""Classes and positions in shards: reductions over named axes of a mesh, and what they mean to a gradient.
+
+An axis name is a tuple of axes of `jax.shard_map` or `jax.vmap`, and empty where nothing is sharded: then all of these
+are the identity. Shards of the classes are of one size, and lie along the axes in order.
+
+JAX differentiates the sum, over all devices, of what each one returns. So where all devices return the same number,
+each has a cotangent of its own for it, and what the number was computed from gets the sum of these. Under `shard_map`'s
+replication check the number's type says that it is one and the same, and it has one cotangent.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+
+class Shards(NamedTuple):
+    """Of the classes. Static: a rule's backward pass may run where the axes are out of scope."""
+
+    axis_name: tuple = ()
+    number: int = 1
+    checked: bool = True  # whether types say what is the same on every shard
+
+
+def shards_of(axis_name):
+    return Shards(axis_name, lax.axis_size(axis_name), bool(checked(axis_name))) if axis_name else Shards()
+
+
+def total(values, axis_name):
+    return lax.psum(values, axis_name) if axis_name else values
+
+
+def largest(values, axis_name):
+    return lax.pmax(values, axis_name) if axis_name else values
+
+
+def smallest(values, axis_name):
+    return lax.pmin(values, axis_name) if axis_name else values
+
+
+def first_class(shards, classes):
+    """The global index of the first of this shard's `classes` classes; None for 0."""
+    return lax.axis_index(shards.axis_name) * classes if shards.axis_name else None
+
+
+def offset(labels, first):
+    """Global class indices counted from this shard's first class; those of other shards are out of its range."""
+    return labels if first is None else labels - first.astype(labels.dtype)
+
+
+def own(values, shards, first):
+    """The values, which are the same on all shards, as each shard's own: `summed` then has a cotangent from each."""
+    if shards.checked:
+        return values
+    return jax.tree.map(lambda v: jnp.where(first >= 0, v, v), values)
+
+
+def summed(cotangents, shards):
+    """Over all shards, the cotangents of values that all have the same of."""
+
+    def over(cotangent):
+        if not shards.checked:
+            return shards.axis_name
+        return tuple(a for a in shards.axis_name if a in varying(cotangent))
+
+    return jax.tree.map(lambda c: total(c, over(c)), cotangents)
+
+
+# --- what types say of an array ---------------------------------------------------------------------------------------
+
+
+def varying(array):
+    """The axes of `shard_map` along which an array, or what `jax.eval_shape` returns, differs, if that is checked."""
+    if array is None:
+        return frozenset()
+    kind = array if isinstance(array, jax.ShapeDtypeStruct) else jax.typeof(array)
+    return frozenset() if kind.manual_axis_type is None else kind.manual_axis_type.varying
+
+
+def checked(axis_name):
+    """The axes of `axis_name` whose replication is checked: all or none."""
+    return varying(lax.axis_index(axis_name)) if axis_name else frozenset()
+
+
+def everywhere(*arrays, axis_name=()):
+    """The axes along which any of the arrays varies, and those of `axis_name`."""
+    return frozenset().union(checked(axis_name), *map(varying, arrays))
+
+
+def cast(array, axes):
+    """`array`, if it is replicated over some of these axes, as one that varies along them; None for None.
+
+    A custom gradient must vary as its argument does; the transpose of this cast sums it over the axes.
+    """
+    missing = tuple(frozenset(axes) - varying(array))
+    return lax.pcast(array, missing, to="varying") if array is not None and missing else array
+
+
+def sharded_like(array, other, axes=None) -> Any:
+    """`array`, whose axes are these of `other` (None for all), sharded as they are; None for None.
+
+    Along `Explicit` mesh axes: there arrays that meet must be sharded alike, and the type of `other` says how.
+    """
+    if array is None or AxisType.Explicit not in jax.typeof(other).sharding.mesh.axis_types:
+        return array
+    sharding = jax.typeof(other).sharding
+    spec = sharding.spec if axes is None else PartitionSpec(*(sharding.spec[a] for a in axes))
+    return jax.sharding.reshard(array, NamedSharding(sharding.mesh, spec))
+
+
+def along_positions(array, other, axis):
+    """`sharded_like` for an array that has all axes of `other` but the class axis."""
+    return sharded_like(array, other, [a for a in range(other.ndim) if a != axis])
+
+
+def by_compiler(function, spec, *arrays) -> Any:
+    """`function(*arrays)`, which the compiler is to partition even where mesh axes are `Explicit`.
+
+    For what the types of sharded arrays do not allow, though it partitions well. The result is sharded by `spec`.
+    """
+    meshes = [mesh for a in arrays if AxisType.Explicit in (mesh := jax.typeof(a).sharding.mesh).axis_types]
+    if not meshes:
+        return function(*arrays)
+    mesh = meshes[0]
+    return jax.sharding.auto_axes(function, axes=mesh.explicit_axes, out_sharding=NamedSharding(mesh, spec))(*arrays)

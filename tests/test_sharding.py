@@ -1,0 +1,674 @@
+"""Sharded losses: those of one device, to 1e-10 in float64, and nothing gathered that need not be.
+
+Three ways: plain `jit` on sharded arrays, for mesh axes of both types; `axis_name` and `batch_axis_name` inside
+`shard_map`, with and without its replication check, and inside `vmap`; and several processes.
+"""
+
+import os
+import socket
+import subprocess
+import sys
+from functools import partial
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hlo import collectives
+from jax import lax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jxent
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+BATCH, LENGTH, FEATURES, VOCAB = 8, 16, 24, 64
+POSITIONS = BATCH * LENGTH
+BLOCK = 32
+RNG = np.random.default_rng(11)
+KERNEL = 0.5 * RNG.normal(size=(FEATURES, VOCAB))
+HIDDEN = RNG.normal(size=(BATCH, LENGTH, FEATURES))
+BIAS = RNG.normal(size=VOCAB)
+# The first and the last class of each of 8 shards, and others.
+LABELS = np.concatenate([np.arange(0, VOCAB, 8), np.arange(7, VOCAB, 8), RNG.integers(0, VOCAB, POSITIONS - 16)])
+LABELS = RNG.permutation(LABELS).astype(np.int32).reshape(BATCH, LENGTH)
+LABELS[0, :5] = -100
+LABELS[3] = -100  # all that one of 8 devices has
+ARRAYS = {
+    "hidden": HIDDEN,
+    "kernel": KERNEL,
+    "bias": BIAS,
+    "logits": HIDDEN @ KERNEL + BIAS,
+    "labels": LABELS,
+    "probabilities": RNG.dirichlet(np.ones(VOCAB), (BATCH, LENGTH)),
+    "class_weight": RNG.uniform(0.5, 2, VOCAB),
+    "sample_weight": RNG.uniform(0.5, 2, (BATCH, LENGTH)),
+}
+COTANGENTS = RNG.normal(size=(BATCH, LENGTH))
+SMOOTH = {"label_smoothing": 0.1, "z_loss_weight": 0.01, "logit_softcap": 6.0}
+
+
+def weighed(losses, cotangents):
+    return jnp.sum(losses * cotangents) if losses.ndim else losses
+
+
+def logits_loss(logits, labels, class_weight=None, sample_weight=None, **options):
+    return jxent.cross_entropy(logits, labels, class_weight=class_weight, sample_weight=sample_weight, **options)
+
+
+def linear_loss(hidden, kernel, labels, bias=None, class_weight=None, sample_weight=None, **options):
+    weights = {"bias": bias, "class_weight": class_weight, "sample_weight": sample_weight}
+    return jxent.linear_cross_entropy(hidden, kernel, labels, block_size=BLOCK, **weights, **options)
+
+
+def with_stats(logits, labels, **options):
+    loss, stats = jxent.cross_entropy(logits, labels, return_stats=True, **options)
+    numbers = jax.tree.map(lambda a: jnp.sum(jnp.where(labels == -100, 0, a)), stats)
+    return loss + sum(numbers)  # they carry no gradient
+
+
+def of_log_probs(log_probs, labels, class_weight, **options):
+    return jxent.nll_loss(log_probs, labels, class_weight=class_weight, **options)
+
+
+# name: (loss, its arguments' names, options); a loss of each position is weighed with the cotangents
+LOGITS = ("logits", "labels", "class_weight", "sample_weight")
+LINEAR = ("hidden", "kernel", "labels", "bias", "class_weight", "sample_weight")
+CALLS = {
+    "cross_entropy": (logits_loss, LOGITS[:2], {}),
+    "cross_entropy-all": (logits_loss, LOGITS, SMOOTH),
+    "cross_entropy-probabilities": (logits_loss, ("logits", "probabilities", *LOGITS[2:]), SMOOTH),
+    "cross_entropy-none": (logits_loss, LOGITS, {"reduction": "none"}),
+    "cross_entropy-stats": (with_stats, LOGITS[:2], {}),
+    "nll_loss": (of_log_probs, LOGITS[:3], {}),
+    "nll_loss-probabilities": (of_log_probs, ("logits", "probabilities", "class_weight"), {}),
+    "logsumexp": (jxent.logsumexp, ("logits",), {}),
+    "linear": (linear_loss, LINEAR[:3], {}),
+    "linear-all": (linear_loss, LINEAR, SMOOTH),
+    "linear-probabilities": (linear_loss, ("hidden", "kernel", "probabilities", *LINEAR[3:]), SMOOTH),
+    "linear-recompute": (linear_loss, LINEAR, {"recompute": True, **SMOOTH}),
+    "linear-none": (linear_loss, LINEAR, {"reduction": "none", **SMOOTH}),
+}
+# Not a loss: their cotangent is of the logits' shape.
+SOFTMAXES = {"softmax": jxent.softmax, "log_softmax": jxent.log_softmax}
+
+
+def floating(names):
+    return tuple(i for i, name in enumerate(names) if name != "labels")
+
+
+def value_and_grad(name, **more):
+    """The call as a function of (cotangents, *arrays), with the gradients of all floating-point arguments."""
+    function, names, options = CALLS[name]
+
+    def f(cotangents, *arrays):
+        return weighed(function(*arrays, **options, **more), cotangents)
+
+    return f, tuple(i + 1 for i in floating(names))
+
+
+def on_one_device(name):
+    f, wrt = value_and_grad(name)
+    return jax.jit(jax.value_and_grad(f, wrt))(COTANGENTS, *(ARRAYS[a] for a in CALLS[name][1]))
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """The results of one device, each computed once."""
+    with jax.enable_x64(True):
+        return {name: jax.tree.map(np.asarray, on_one_device(name)) for name in CALLS}
+
+
+def assert_equal(actual, wanted):
+    chex.assert_trees_all_close(actual, wanted, rtol=1e-10, atol=1e-12)
+
+
+def mesh_of(mode, **axes):
+    devices = np.array(jax.devices()[: int(np.prod([*axes.values()]))])
+    kinds = (AxisType[mode],) * len(axes) if isinstance(mode, str) else tuple(AxisType[kind] for kind in mode)
+    return jax.sharding.Mesh(devices.reshape([*axes.values()]), tuple(axes), axis_types=kinds)
+
+
+def put(mesh, array, spec):
+    return jax.device_put(array, NamedSharding(mesh, spec))
+
+
+# --- plain jit --------------------------------------------------------------------------------------------------------
+
+
+# name: (mesh, spec of the hidden states, spec of the kernel)
+LAYOUTS: dict[str, tuple] = {
+    "batch": ({"data": 8}, P("data"), P()),
+    "batch and sequence": ({"data": 4, "sequence": 2}, P("data", "sequence"), P()),
+    "vocabulary": ({"vocab": 8}, P(), P(None, "vocab")),
+    "batch, sequence, vocabulary": (
+        {"data": 2, "sequence": 2, "vocab": 2},
+        P("data", "sequence"),
+        P(None, "vocab"),
+    ),
+    "FSDP": ({"data": 8}, P("data"), P("data")),
+    "FSDP and vocabulary": ({"data": 4, "vocab": 2}, P("data"), P("data", "vocab")),
+    "FSDP of the vocabulary": ({"data": 8}, P("data"), P(None, "data")),
+    "sequence and vocabulary on one axis": ({"data": 4, "model": 2}, P("data", "model"), P(None, "model")),
+    "features": ({"data": 4, "model": 2}, P("data", None, "model"), P("model")),
+}
+
+
+# What is gathered and scattered, and not merely summed: (kind, elements on one device).
+SCATTERED = ("reduce-scatter", KERNEL.size // 8)
+MOVED = {
+    "FSDP": [("all-gather", KERNEL.size), SCATTERED],
+    "FSDP and vocabulary": [("all-gather", KERNEL.size // 2), SCATTERED],
+    "FSDP of the vocabulary": [("all-gather", KERNEL.size), SCATTERED],
+    "sequence and vocabulary on one axis": [("all-gather", HIDDEN.size // 4)],
+    "features": [("all-gather", HIDDEN.size // 4), ("all-gather", KERNEL.size)],
+}
+
+
+def specs_of(layout):
+    _, hidden, kernel = LAYOUTS[layout]
+    positions, vocab = P(*hidden[:2]), kernel[1] if len(kernel) == 2 else None
+    vocab_of_logits = None if vocab in hidden else vocab
+    logits = P(*[*positions, None, None][:2], vocab_of_logits)
+    return {
+        **{"hidden": hidden, "kernel": kernel, "labels": positions, "sample_weight": positions},
+        **{"logits": logits, "probabilities": logits, "bias": P(vocab), "class_weight": P(vocab)},
+    }
+
+
+def run(name, layout, mode, **jit_options):
+    """(result, the program, the sharded arrays)."""
+    f, wrt = value_and_grad(name)
+    mesh, specs = mesh_of(mode, **LAYOUTS[layout][0]), specs_of(layout)
+    arrays = [put(mesh, COTANGENTS, specs["labels"]), *(put(mesh, ARRAYS[a], specs[a]) for a in CALLS[name][1])]
+    program = jax.jit(jax.value_and_grad(f, wrt), **jit_options).lower(*arrays).compile()
+    return program(*arrays), program, arrays
+
+
+@pytest.mark.parametrize("mode", ["Auto", "Explicit"])
+@pytest.mark.parametrize("layout", ["batch and sequence", "vocabulary", "batch, sequence, vocabulary"])
+@pytest.mark.parametrize("name", [name for name in CALLS if "linear" not in name])
+def test_logits_under_jit(expected, name, layout, mode):
+    (value, grads), program, arrays = run(name, layout, mode)
+    assert_equal((value, grads), expected[name])
+    for i, grad in zip(value_and_grad(name)[1], grads, strict=True):
+        if arrays[i].ndim == 3:
+            assert grad.sharding.is_equivalent_to(arrays[i].sharding, 3)
+    # A number or two for each position and shard: a prediction takes a value and an index of each.
+    assert all(c.size <= POSITIONS * 8 for c in collectives(program.as_text()) if c.kind != "all-reduce")
+    assert all(c.size <= POSITIONS for c in collectives(program.as_text()) if c.kind == "all-reduce")
+
+
+@pytest.mark.parametrize("mode", ["Auto", "Explicit"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["linear-all", "linear-none"])
+def test_linear_under_jit(expected, name, layout, mode):
+    (value, grads), program, arrays = run(name, layout, mode)
+    assert_equal((value, grads), expected[name])
+    for i, grad in zip(value_and_grad(name)[1], grads, strict=True):
+        if CALLS[name][1][i - 1] in ("hidden", "kernel"):
+            assert grad.sharding.is_equivalent_to(arrays[i].sharding, grad.ndim)
+    found = collectives(program.as_text())
+    local_block = BLOCK // int(np.prod([LAYOUTS[layout][0].get(a, 1) for a in ("data", "sequence")]))
+    assert all(c.kind == "all-reduce" and c.size <= local_block for c in found if c.in_loop), found
+    large = sorted((c.kind, c.size) for c in found if c.size >= KERNEL.size // 8 and c.kind != "all-reduce")
+    assert large == MOVED.get(layout, [])
+
+
+@pytest.mark.parametrize("mode", ["Auto", "Explicit"])
+@pytest.mark.parametrize("name", ["linear", "linear-probabilities", "linear-recompute"])
+def test_other_linear_losses_under_jit(expected, name, mode):
+    assert_equal(run(name, "FSDP and vocabulary", mode)[0], expected[name])
+
+
+@pytest.mark.parametrize("mode", ["Auto", "Explicit", ("Auto", "Explicit"), ("Explicit", "Auto")])
+@pytest.mark.parametrize("name", ["linear-all", "cross_entropy-all"])
+def test_arrays_that_are_sharded_unlike_each_other(expected, name, mode):
+    """The loss is that of one device whatever the shardings are; axes of both types in one mesh too."""
+    f, wrt = value_and_grad(name)
+    mesh = mesh_of(mode, data=4, model=2)
+    for specs in (
+        {"hidden": P("data"), "kernel": P(None, "model"), "logits": P("data")},
+        {
+            "labels": P("data"),
+            "kernel": P("model", "data"),
+            "sample_weight": P(None, "data"),
+            "logits": P(None, "model"),
+        },
+        {"hidden": P("model"), "labels": P("data"), "class_weight": P("model"), "logits": P(None, None, "data")},
+    ):
+        arrays = [put(mesh, ARRAYS[a], specs.get(a, P())) for a in CALLS[name][1]]
+        actual = jax.jit(jax.value_and_grad(f, wrt))(put(mesh, COTANGENTS, P()), *arrays)
+        assert_equal(actual, expected[name])
+
+
+@pytest.mark.parametrize("mode", ["Auto", "Explicit"])
+@pytest.mark.parametrize(("length", "vocab", "block_size"), [(13, 64, 7), (13, 64, None), (16, 61, 32), (16, 64, 3)])
+def test_what_does_not_divide(length, vocab, block_size, mode):
+    """Lengths, vocabularies and blocks that divide by nothing; what cannot be sharded evenly is not sharded here."""
+    arrays = [HIDDEN[:, :length], KERNEL[:, :vocab], np.minimum(LABELS[:, :length], vocab - 1)]
+    mesh = mesh_of(mode, data=4, vocab=2)
+    specs = P("data"), P(None, "vocab" if vocab % 2 == 0 else None), P("data")
+
+    @partial(jax.value_and_grad, argnums=(0, 1))
+    def f(hidden, kernel, labels):
+        if mode == "Auto":  # where a sharding within the program may be uneven
+            hidden = lax.with_sharding_constraint(hidden, NamedSharding(mesh, P("data", "vocab")))
+            kernel = lax.with_sharding_constraint(kernel, NamedSharding(mesh, P("data", "vocab")))
+        return jxent.linear_cross_entropy(hidden, kernel, labels, block_size=block_size)
+
+    sharded = [put(mesh, a, spec) for a, spec in zip(arrays, specs, strict=True)]
+    plain = jax.value_and_grad(lambda h, k, labels: jxent.cross_entropy(h @ k, labels), (0, 1))
+    assert_equal(jax.jit(f)(*sharded), plain(*map(jnp.asarray, arrays)))
+
+
+@pytest.mark.parametrize("mode", ["Auto", "Explicit"])
+def test_transformations_of_sharded_losses(mode):
+    """Per-example losses, Hessian-vector products, checkpoints in a scan."""
+    mesh = mesh_of(mode, data=4, vocab=2)
+    arrays = HIDDEN, KERNEL, LABELS
+    sharded = [put(mesh, a, s) for a, s in zip(arrays, (P("data"), P(None, "vocab"), P("data")), strict=True)]
+
+    def loss(hidden, kernel, labels):
+        return jxent.linear_cross_entropy(hidden, kernel, labels, block_size=BLOCK)
+
+    def each(hidden, kernel, labels):
+        return jax.vmap(jax.value_and_grad(loss, 1), in_axes=(0, None, 0))(hidden, kernel, labels)
+
+    def product(hidden, kernel, labels):
+        return jax.jvp(lambda k: jax.grad(loss, 1)(hidden, k, labels), (kernel,), (jnp.cos(kernel),))[1]
+
+    def scanned(hidden, kernel, labels):
+        def step(kernel, total, scale):
+            return total + jax.checkpoint(loss)(scale * hidden, kernel, labels), None
+
+        return jax.grad(lambda kernel: lax.scan(partial(step, kernel), 0.0, jnp.arange(1.0, 3))[0])(kernel)
+
+    for f in (each, product, scanned):
+        assert_equal(jax.jit(f)(*sharded), jax.jit(f)(*map(jnp.asarray, arrays)))
+
+
+@pytest.mark.parametrize("mode", ["Auto", "Explicit"])
+@pytest.mark.parametrize("nan", [[0], [0, 4], [0, 8, 16, 24, 32, 40, 48, 56]])
+def test_nan_is_not_passed_over(nan, mode):
+    """The largest of several numbers may be one of the others; where all shards have a NaN it may be -inf."""
+    bias = BIAS.copy()
+    bias[nan] = np.nan
+    mesh = mesh_of(mode, vocab=8)
+    logits = put(mesh, ARRAYS["logits"] + bias, P(None, None, "vocab"))
+    hidden, kernel, bias_, labels = (
+        put(mesh, a, s) for a, s in ((HIDDEN, P()), (KERNEL, P(None, "vocab")), (bias, P("vocab")), (LABELS, P()))
+    )
+    counts = LABELS != -100
+    for losses in (
+        jxent.cross_entropy(logits, labels, reduction="none"),
+        jax.jit(partial(jxent.linear_cross_entropy, reduction="none"))(hidden, kernel, labels, bias=bias_),
+    ):
+        assert np.isnan(losses[counts]).all()
+    assert np.isnan(jxent.logsumexp(logits)).all()
+    assert np.isnan(jxent.softmax(logits)).all()
+
+
+def test_weights_without_a_mesh():
+    """Class weights of one device, beside logits on a mesh of explicit axes."""
+    mesh = mesh_of("Explicit", data=8)
+    logits, labels = (put(mesh, ARRAYS[a], P("data")) for a in ("logits", "labels"))
+    actual = jax.jit(jxent.cross_entropy)(logits, labels, class_weight=jnp.asarray(ARRAYS["class_weight"]))
+    wanted = jxent.cross_entropy(*(jnp.asarray(ARRAYS[a]) for a in LOGITS[:2]), class_weight=ARRAYS["class_weight"])
+    assert_equal(actual, wanted)
+
+
+@pytest.mark.parametrize(
+    ("mode", "name"), [("Auto", "linear-all"), ("Explicit", "linear"), ("Explicit", "linear-none")]
+)
+def test_positions_on_a_mesh_of_the_caller(mode, name):
+    """Inside a shard_map over the classes alone, the positions still sharded by jit."""
+    mesh = mesh_of(mode, data=4, vocab=2)
+    function, names, options = CALLS[name]
+    # JAX has no gradient of indexing there for `Explicit` axes, which class weights would need.
+    names = [a for a in names if mode == "Auto" or a != "class_weight"]
+    wrt = floating(names)
+
+    def f(*arrays, **axis_name):
+        return jnp.sum(function(**dict(zip(names, arrays, strict=True)), **options, **axis_name))
+
+    placed = {"hidden": P("data"), "labels": P("data"), "sample_weight": P("data"), **SPECS}
+    arrays = [put(mesh, ARRAYS[a], placed.get(a, P())) for a in names]
+    with jax.set_mesh(mesh):
+        sharded = jax.shard_map(
+            partial(f, axis_name="vocab"),
+            in_specs=tuple(SPECS.get(a, P()) for a in names),
+            out_specs=P(),
+            axis_names={"vocab"},
+        )
+        actual = jax.jit(jax.value_and_grad(sharded, wrt))(*arrays)
+    assert_equal(actual, jax.value_and_grad(f, wrt)(*(jnp.asarray(ARRAYS[a]) for a in names)))
+
+
+@pytest.mark.parametrize("mode", ["Auto", "Explicit"])
+def test_matmul_precision_of_a_context(mode):
+    mesh = mesh_of(mode, data=4, vocab=2)
+    arrays = [put(mesh, a, s) for a, s in ((HIDDEN, P("data")), (KERNEL, P(None, "vocab")), (LABELS, P("data")))]
+    with jax.default_matmul_precision("highest"):
+        program = jax.jit(jxent.linear_cross_entropy).lower(*arrays).compile()
+    dots = [line for line in program.as_text().splitlines() if " dot(" in line]
+    assert dots
+    assert all("operand_precision={highest,highest}" in line for line in dots)
+
+
+# --- inside shard_map and vmap ----------------------------------------------------------------------------------------
+
+SPECS = {
+    **{"logits": P(None, None, "vocab"), "probabilities": P(None, None, "vocab"), "kernel": P(None, "vocab")},
+    **{"bias": P("vocab"), "class_weight": P("vocab")},  # what has no classes is the same on every shard
+}
+
+
+def mapped(name, shards, check_vma, inside=False):
+    """The call under shard_map, the classes sharded: a function of the cotangents and the arrays."""
+    f, wrt = value_and_grad(name, axis_name="vocab")
+    specs = (P(), *(SPECS.get(a, P()) for a in CALLS[name][1]))
+    f = jax.value_and_grad(f, wrt) if inside else f
+    out = (P(), tuple(specs[i] for i in wrt)) if inside else P()
+    f = jax.shard_map(f, mesh=mesh_of("Auto", vocab=shards), in_specs=specs, out_specs=out, check_vma=check_vma)
+    return jax.jit(f if inside else jax.value_and_grad(f, wrt))
+
+
+def arrays_of(name):
+    return COTANGENTS, *(ARRAYS[a] for a in CALLS[name][1])
+
+
+SOME = ("cross_entropy-all", "linear-all")
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize(("shards", "name"), [(n, name) for n in (1, 2, 4, 8) for name in (CALLS if n == 8 else SOME)])
+def test_axis_name_in_shard_map(expected, name, shards, check_vma):
+    assert_equal(mapped(name, shards, check_vma)(*arrays_of(name)), expected[name])
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_gradient_inside_shard_map(expected, name):
+    assert_equal(mapped(name, 4, check_vma=True, inside=True)(*arrays_of(name)), expected[name])
+
+
+@pytest.mark.parametrize("name", ["cross_entropy-all", "linear-all", "nll_loss", "logsumexp"])
+def test_gradient_inside_shard_map_unchecked(expected, name):
+    """JAX then differentiates the sum of what the devices return: 4 times the loss. So it does for `lax.psum`."""
+    f, wrt = value_and_grad(name, axis_name="vocab")
+    specs = (P(), *(SPECS.get(a, P()) for a in CALLS[name][1]))
+
+    def inside(*arrays):
+        value, grads = jax.value_and_grad(f, wrt)(*arrays)
+        # What every device has a copy of has a gradient for each copy.
+        return value, tuple(g if specs[i] != P() else lax.psum(g, "vocab") for i, g in zip(wrt, grads, strict=True))
+
+    f_ = jax.shard_map(
+        inside,
+        mesh=mesh_of("Auto", vocab=4),
+        in_specs=specs,
+        out_specs=(P(), tuple(specs[i] for i in wrt)),
+        check_vma=False,
+    )
+    value, grads = jax.jit(f_)(*arrays_of(name))
+    assert_equal((value, jax.tree.map(lambda g: g / 4, grads)), expected[name])
+
+
+@pytest.mark.parametrize("name", ["cross_entropy-all", "cross_entropy-probabilities", "linear-all", "nll_loss"])
+def test_axis_name_in_vmap(expected, name):
+    f, wrt = value_and_grad(name, axis_name="vocab")
+    axes = (None, *(SPECS[a].index("vocab") if a in SPECS else None for a in CALLS[name][1]))
+
+    def split(array, axis):
+        if axis is None:
+            return jnp.asarray(array)
+        return array.reshape(*array.shape[:axis], 4, -1, *array.shape[axis + 1 :])
+
+    arrays = [split(a, axis) for a, axis in zip(arrays_of(name), axes, strict=True)]
+    over_shards = jax.vmap(f, in_axes=axes, axis_name="vocab")
+    value, grads = jax.jit(jax.value_and_grad(lambda *a: over_shards(*a)[0], wrt))(*arrays)
+    wanted = expected[name][0], tuple(split(g, axes[i]) for i, g in zip(wrt, expected[name][1], strict=True))
+    assert_equal((value, grads), wanted)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("name", SOFTMAXES)
+def test_softmaxes_with_axis_name(name, check_vma):
+    function = SOFTMAXES[name]
+    spec = SPECS["logits"]
+    f = jax.shard_map(
+        partial(function, axis_name="vocab"),
+        mesh=mesh_of("Auto", vocab=8),
+        in_specs=spec,
+        out_specs=spec,
+        check_vma=check_vma,
+    )
+    value, pull = jax.vjp(jax.jit(f), ARRAYS["logits"])
+    wanted, wanted_pull = jax.vjp(function, jnp.asarray(ARRAYS["logits"]))
+    assert_equal((value, pull(ARRAYS["probabilities"])), (wanted, wanted_pull(jnp.asarray(ARRAYS["probabilities"]))))
+
+
+def test_classes_over_two_axes(expected):
+    """The axes in the order of the partition spec."""
+    f, wrt = value_and_grad("linear-all", axis_name=("outer", "inner"))
+    both = {name: P(*(("outer", "inner") if e == "vocab" else e for e in spec)) for name, spec in SPECS.items()}
+    specs = (P(), *(both.get(a, P()) for a in LINEAR))
+    f = jax.shard_map(f, mesh=mesh_of("Auto", inner=2, outer=4), in_specs=specs, out_specs=P())
+    assert_equal(jax.jit(jax.value_and_grad(f, wrt))(*arrays_of("linear-all")), expected["linear-all"])
+
+
+def test_stats_with_axis_name():
+    arrays = ARRAYS["logits"].round(), LABELS  # with ties between shards
+    f = partial(jxent.cross_entropy, return_stats=True)
+    sharded = jax.shard_map(
+        partial(f, axis_name="vocab"),
+        mesh=mesh_of("Auto", vocab=8),
+        in_specs=(SPECS["logits"], P()),
+        out_specs=P(),
+    )
+    assert_equal(sharded(*arrays), f(*map(jnp.asarray, arrays)))
+
+
+@pytest.mark.parametrize("name", ["linear", "linear-recompute", "cross_entropy-all"])
+def test_labels_typed_as_varying(expected, name):
+    """As after an `all_gather`: the loss then varies by its type, too, and every shard has a cotangent of its own."""
+    f, wrt = value_and_grad(name, axis_name="vocab")
+    names = CALLS[name][1]
+    specs = (P(), *(SPECS.get(a, P()) for a in names))
+
+    def local(*arrays):
+        arrays = [
+            lax.pcast(a, "vocab", to="varying") if name == "labels" else a
+            for a, name in zip(arrays, ("", *names), strict=True)
+        ]
+        return lax.pmean(f(*arrays), "vocab")
+
+    sharded = jax.shard_map(local, mesh=mesh_of("Auto", vocab=4), in_specs=specs, out_specs=P())
+    assert_equal(jax.jit(jax.value_and_grad(sharded, wrt))(*arrays_of(name)), expected[name])
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_padded_vocabulary(label_smoothing):
+    """61 classes on 8 shards of 8: a bias of -inf makes the padding no class."""
+    kernel = np.pad(KERNEL[:, :61], ((0, 0), (0, 3)))
+    bias = np.pad(BIAS[:61], (0, 3), constant_values=-np.inf)
+    labels = np.minimum(LABELS, 60)
+
+    def loss(hidden, kernel, bias, labels, **options):
+        return jxent.linear_cross_entropy(
+            hidden, kernel, labels, bias=bias, label_smoothing=label_smoothing, block_size=BLOCK, **options
+        )
+
+    f = jax.shard_map(
+        partial(loss, axis_name="vocab"),
+        mesh=mesh_of("Auto", vocab=8),
+        in_specs=(P(), SPECS["kernel"], P("vocab"), P()),
+        out_specs=P(),
+    )
+    value, (dh, dk, db) = jax.jit(jax.value_and_grad(f, (0, 1, 2)))(HIDDEN, kernel, bias, labels)
+    assert_equal(
+        (value, (dh, dk[:, :61], db[:61])),
+        jax.value_and_grad(loss, (0, 1, 2))(HIDDEN, KERNEL[:, :61], BIAS[:61], labels),
+    )
+    assert not np.any(dk[:, 61:])
+    assert not np.any(db[61:])
+
+
+def test_labels_out_of_range_on_shards():
+    """NaN at their own position, on whatever shard a wrapped or clamped index would fall."""
+    labels = LABELS.copy()
+    labels[1, :4] = [-1, -8, VOCAB, VOCAB + 8]
+    f = jax.shard_map(
+        partial(jxent.linear_cross_entropy, axis_name="vocab", reduction="none"),
+        mesh=mesh_of("Auto", vocab=8),
+        in_specs=(P(), SPECS["kernel"], P()),
+        out_specs=P(),
+    )
+    losses, pull = jax.vjp(f, HIDDEN, KERNEL, labels)
+    bad = np.zeros_like(labels, bool)
+    bad[1, :4] = True
+    np.testing.assert_array_equal(np.isnan(losses), bad)
+    np.testing.assert_array_equal(np.isnan(pull(np.ones_like(losses))[0]).all(-1), bad)
+
+
+def test_what_moves_in_shard_map():
+    """Numbers per position, and one sum of the gradient of the hidden states."""
+    program = mapped("linear-all", 8, check_vma=True).lower(*arrays_of("linear-all")).compile()
+    found = collectives(program.as_text())
+    assert all(c.kind == "all-reduce" for c in found)
+    assert all(c.size <= BLOCK for c in found if c.in_loop)
+    assert [c.size for c in found if c.size > POSITIONS] == [HIDDEN.size]
+
+
+# --- positions sharded inside shard_map -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("check_vma", "inside"), [(True, False), (True, True), (False, False)])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("name", ["cross_entropy-all", "cross_entropy-probabilities", "linear-all", "nll_loss"])
+def test_batch_axis_name(name, reduction, check_vma, inside):
+    """Uneven masks, nothing that counts on one device: the loss and the gradients of the whole batch, as they are."""
+    function, names, options = CALLS[name]
+    wrt = floating(names)
+    over_positions = {a: P("data", *SPECS.get(a, P())[1:]) for a in ("logits", "probabilities", "hidden", "labels")}
+    specs = tuple((SPECS | over_positions | {"sample_weight": P("data")}).get(a, P()) for a in names)
+    arrays = [ARRAYS[a] for a in names]
+
+    def f(*arrays, **axis_names):
+        return function(*arrays, reduction=reduction, **options, **axis_names)
+
+    wanted = jax.value_and_grad(f, wrt)(*map(jnp.asarray, arrays))
+    local = partial(f, axis_name="vocab", batch_axis_name="data")
+    out = P()
+    if inside:
+        local, out = jax.value_and_grad(local, wrt), (P(), tuple(specs[i] for i in wrt))
+    mesh = mesh_of("Auto", data=4, vocab=2)
+    sharded = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=out, check_vma=check_vma)
+    assert_equal(jax.jit(sharded if inside else jax.value_and_grad(sharded, wrt))(*arrays), wanted)
+
+
+def test_stats_of_all_positions():
+    def f(logits, labels, **options):
+        return jxent.cross_entropy(logits, labels, return_stats=True, **options)[1].weight
+
+    sharded = jax.shard_map(
+        partial(f, batch_axis_name="data"), mesh=mesh_of("Auto", data=8), in_specs=P("data"), out_specs=P()
+    )
+    assert sharded(ARRAYS["logits"], LABELS) == f(ARRAYS["logits"], LABELS) == np.sum(LABELS != -100)
+
+
+WRONG = {
+    "replicated kernel": (
+        {"axis_name": "data"},
+        r"linear_cross_entropy: kernel must be sharded over axis_name='data', .* \['data'\]; name the axis .* in_specs",
+    ),
+    "replicated hidden": ({"batch_axis_name": "vocab"}, "hidden must be sharded over batch_axis_name='vocab'"),
+    "one axis twice": ({"axis_name": "vocab", "batch_axis_name": ("data", "vocab")}, "must name different axes"),
+    "no reduction": ({"batch_axis_name": "data", "reduction": "none"}, "batch_axis_name='data' is for a mean or sum"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_errors_in_shard_map(what):
+    options, message = WRONG[what]
+    both = P("data"), P(None, "vocab"), P("data")
+    specs = (P(("data", "vocab")), *both[1:2], P(("data", "vocab"))) if what == "one axis twice" else both
+    f = partial(jxent.linear_cross_entropy, **options)
+    sharded = jax.shard_map(f, mesh=mesh_of("Auto", data=4, vocab=2), in_specs=specs, out_specs=P())
+    with pytest.raises(ValueError, match=message):
+        sharded(HIDDEN, KERNEL, LABELS)
+
+
+# --- several processes ------------------------------------------------------------------------------------------------
+
+# What each of them runs; the first one writes what they agree on.
+PROCESS = r"""
+import sys
+import jax, jax.numpy as jnp, numpy as np, jxent
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+address, processes, index, folder = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_num_cpu_devices", 4 // processes)
+if processes > 1:
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(address, processes, index, initialization_timeout=60)
+assert len(jax.devices()) == 4 and len(jax.local_devices()) == 4 // processes
+rng = np.random.default_rng(5)
+arrays = rng.normal(size=(8, 6, 12)), rng.normal(size=(12, 32)), rng.integers(0, 32, (8, 6)).astype(np.int32)
+arrays[2][0] = -100
+
+def loss(hidden, kernel, labels):
+    return jxent.linear_cross_entropy(hidden, kernel, labels, label_smoothing=0.1, block_size=16)
+
+results = []
+for mode in ("Auto", "Explicit"):
+    mesh = jax.make_mesh((2, 2), ("data", "vocab"), axis_types=(AxisType[mode],) * 2)
+    for kernel in (P(None, "vocab"), P("data", "vocab")):
+        specs = P("data"), kernel, P("data")
+        put = [
+            jax.make_array_from_callback(a.shape, NamedSharding(mesh, s), lambda i, a=a: a[i])
+            for a, s in zip(arrays, specs)
+        ]
+        # Every process gets all of the gradients, to compare them.
+        f = jax.jit(jax.value_and_grad(loss, (0, 1)), out_shardings=NamedSharding(mesh, P()))
+        value, grads = f(*put)
+        results += [np.asarray(a.addressable_data(0)) for a in (value, *grads)]
+if index == 0:
+    np.savez(f"{folder}/{processes}.npz", *results)
+if processes > 1:
+    jax.distributed.shutdown()
+"""
+
+
+def run_processes(number, folder):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    commands = [[sys.executable, "-c", PROCESS, address, str(number), str(i), str(folder)] for i in range(number)]
+    environment = os.environ | {"XLA_FLAGS": ""}
+    started = [
+        subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+        for c in commands
+    ]
+    try:
+        for process in started:
+            output, _ = process.communicate(timeout=240)
+            assert process.returncode == 0, output
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+    with np.load(folder / f"{number}.npz") as file:
+        return [file[name] for name in file]
+
+
+def test_two_processes(tmp_path):
+    """Two devices each, over the loopback interface; the time limit is that of `run_processes`."""
+    two, one = run_processes(2, tmp_path), run_processes(1, tmp_path)
+    assert len(two) == 12
+    assert_equal(two, one)
+    for i in range(3):
+        assert_equal(two[i], two[i + 3])

@@ -1,0 +1,148 @@
+"""Programs that the TPU compiler makes, on a machine without a TPU: what they move between chips, and what they hold.
+
+Needs `libtpu`, of the version that `pip install "jax[tpu]"` brings, and an environment apart from other tests.
+"""
+
+import os
+
+import pytest
+
+pytest.importorskip("libtpu", reason="the TPU compiler comes with pip install 'jax[tpu]'")
+os.environ |= {  # for libtpu not to look for chips
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+}
+
+import contextlib
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from hlo import collectives
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jxent
+
+BATCH, LENGTH, FEATURES, VOCAB = 8, 2048, 2048, 131072
+MIB = 2**20
+
+
+@functools.cache
+def chips(topology):
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+
+
+def mesh_of(topology, mode, **axes):
+    return Mesh(
+        np.array(chips(topology)).reshape([*axes.values()]), tuple(axes), axis_types=(AxisType[mode],) * len(axes)
+    )
+
+
+def compiled(f, *arrays):
+    return jax.jit(f).trace(*arrays).lower(lowering_platforms=("tpu",)).compile()
+
+
+def loss(hidden, kernel, labels):
+    return jxent.linear_cross_entropy(hidden, kernel, labels, block_size=1024)
+
+
+def linear_program(mesh, hidden, kernel, wrt=(0, 1), loss=loss):
+    def array(shape, dtype, spec):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+    return compiled(
+        jax.value_and_grad(loss, wrt),
+        array((BATCH, LENGTH, FEATURES), jnp.bfloat16, hidden),
+        array((FEATURES, VOCAB), jnp.bfloat16, kernel),
+        array((BATCH, LENGTH), jnp.int32, P(*hidden[:2])),
+    )
+
+
+def temporaries(program):
+    return program.memory_analysis().temp_size_in_bytes / MIB
+
+
+def moved(program, least):
+    """(kind, elements, whether in the loop) of the collectives of at least so many elements on a chip."""
+    return sorted((c.kind, c.size, c.in_loop) for c in collectives(program.as_text()) if c.size >= least)
+
+
+@pytest.mark.parametrize("mode", ["Auto", "Explicit"])
+@pytest.mark.parametrize(("wrt", "most"), [((0, 1), 700), ((0,), 260)], ids=["both", "frozen kernel"])
+def test_batch_sequence_and_vocabulary(wrt, most, mode):
+    mesh = mesh_of("v5e:2x4", mode, data=2, sequence=2, vocab=2)
+    program = linear_program(mesh, P("data", "sequence"), P(None, "vocab"), wrt)
+    assert {c.kind for c in collectives(program.as_text())} == {"all-reduce"}
+    local_kernel = FEATURES * VOCAB // 2
+    assert moved(program, local_kernel // 8) == ([("all-reduce", local_kernel, False)] if 1 in wrt else [])
+    assert temporaries(program) <= most
+
+
+# Where the types do not say how arrays are sharded, the mesh in the context is enough for one gather; where the caller
+# says it, the gradient is scattered, too.
+@pytest.mark.parametrize("wrt", [(0, 1), (0,)], ids=["both", "frozen kernel"])
+@pytest.mark.parametrize("way", ["Explicit", "explicit_axes", "set_mesh"])
+def test_fsdp(way, wrt):
+    mesh = mesh_of("v5e:2x4", "Explicit" if way == "Explicit" else "Auto", data=4, vocab=2)
+    specs = P("data"), P("data", "vocab")
+    f = jax.sharding.explicit_axes(loss, in_sharding=(*specs, P("data"))) if way == "explicit_axes" else loss
+    with contextlib.nullcontext() if way == "Explicit" else jax.set_mesh(mesh):
+        program = linear_program(mesh, *specs, wrt, f)
+    gathered = ("all-gather", FEATURES * VOCAB // 2, False)
+    gradient = {
+        "set_mesh": ("all-reduce", FEATURES * VOCAB // 2, False),
+    }.get(way, ("reduce-scatter", FEATURES * VOCAB // 8, False))
+    assert moved(program, FEATURES * VOCAB // 8) == sorted([gathered, gradient] if 1 in wrt else [gathered])
+
+
+def test_temporaries_fall_as_the_mesh_grows():
+    """The same global program on 8 and on 64 chips of v5p."""
+    held = []
+    for topology, axes in (("v5p:2x2x2", (2, 2, 2)), ("v5p:4x4x4", (8, 2, 4))):
+        mesh = mesh_of(topology, "Auto", **dict(zip(("data", "sequence", "vocab"), axes, strict=True)))
+        program = linear_program(mesh, P("data", "sequence"), P(None, "vocab"))
+        assert {c.kind for c in collectives(program.as_text())} == {"all-reduce"}
+        held.append(temporaries(program))
+    assert held[1] < held[0] / 1.9
+
+
+def everything(logits, labels, probabilities, class_weight, sample_weight, hidden, kernel, bias):
+    """Every public function, with every option that changes its program."""
+    options = {"class_weight": class_weight, "sample_weight": sample_weight}
+    smooth = {"label_smoothing": 0.1, "z_loss_weight": 0.01, "logit_softcap": 30.0, "return_stats": True}
+    log_probs = jxent.log_softmax(logits)
+    out = [
+        jnp.sum(jxent.logsumexp(logits, where=probabilities > 0)),
+        jnp.sum(jxent.softmax(logits) * probabilities),
+        jxent.nll_loss(log_probs, labels, **options),
+        jxent.nll_loss(log_probs, probabilities, **options),
+        jxent.cross_entropy(logits, labels),
+        jnp.sum(jxent.cross_entropy(logits, jxent.next_token_labels(labels), reduction="none")),
+    ]
+    for labels_ in (labels, probabilities):
+        value, stats = jxent.cross_entropy(logits, labels_, **options, **smooth)
+        linear, linear_stats = jxent.linear_cross_entropy(
+            hidden, kernel, labels_, bias=bias, block_size=64, **options, **smooth
+        )
+        out += [value, linear, sum(map(jnp.sum, (*stats, *linear_stats)))]
+        out += [jnp.sum(jxent.linear_cross_entropy(hidden, kernel, labels_, bias=bias, reduction="none"))]
+    return sum(out)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v6e:2x2"])
+def test_every_public_function_compiles(topology, dtype):
+    chip = jax.sharding.SingleDeviceSharding(chips(topology)[0])
+
+    def array(*shape, dtype=dtype):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=chip)
+
+    arrays = array(4, 64, 512), array(4, 64, dtype=jnp.int32), array(4, 64, 512), array(512), array(4, 64)
+    wrt = (0, 2, 3, 4, 5, 6, 7)
+    program = compiled(jax.value_and_grad(everything, wrt), *arrays, array(4, 64, 128), array(128, 512), array(512))
+    assert program.as_text()
