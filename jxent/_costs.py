@@ -33,7 +33,7 @@ from jxent._rows import (
     product,
     unmasked,
 )
-from jxent._shards import Shards, largest, offset, own, sharded_like, smallest, summed
+from jxent._shards import Shards, cast, largest, offset, own, sharded_like, smallest, summed, varying
 
 
 class Form(NamedTuple):
@@ -210,7 +210,8 @@ def costs_bwd(form, residuals, cotangents):
         per_class += to_uniform * jnp.where(masked, 0, -log_p) / present
     if form.z:
         grad += 2 * to_z * log_normalizer * p
-    grad = only(keep, pull(grad)[0])
+    # Of no positions the gradient is a constant, which varies along no axis by itself.
+    grad = only(keep, pull(cast(grad, varying(z)))[0])
 
     grad_weight = None
     if class_weight is not None:

@@ -11,13 +11,13 @@ sharded over `Auto` axes only the compiler knows, which `custom_partitioning` as
 of a kernel if it is told to.
 """
 
+import contextlib
 import math
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 from jax import lax
-from jax.core import ShapedArray
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
@@ -101,17 +101,26 @@ _sweep_p.multiple_results = True
 
 
 class _Static(NamedTuple):
+    """Of a sweep as it was called: lowering and partitioning come later, outside of the caller's `with` blocks."""
+
     sweep: Sweep
     wanted: tuple[str, ...]
     tree: Any  # of (inputs, coefficients)
+    mesh: Any  # of `jax.set_mesh`
     x64: bool
     matmul_precision: Any
+
+    @contextlib.contextmanager
+    def config(self):
+        with jax.enable_x64(self.x64), jax.default_matmul_precision(self.matmul_precision):
+            yield
 
 
 def _automatic(sweep, wanted, inputs, coefficients):
     arrays, tree = jax.tree.flatten((inputs, coefficients))
     config: Any = jax.config
-    static = _Static(sweep, wanted, tree, config.jax_enable_x64, config.jax_default_matmul_precision)
+    mesh = jax.sharding.get_abstract_mesh()
+    static = _Static(sweep, wanted, tree, mesh, config.jax_enable_x64, config.jax_default_matmul_precision)
     results = jax.tree.structure(jax.eval_shape(partial(swept, sweep, wanted), inputs, coefficients))
     # A parameter, for JAX to see that its lowering depends on the devices.
     program = jax.make_jaxpr(partial(_partitioned, static=static))(*arrays)
@@ -124,23 +133,23 @@ def _plain(*arrays, static, program=None):
 
 
 def _partitioned(*arrays, static):
-    sweep, wanted, tree, x64, matmul_precision = static
+    sweep, wanted, tree = static[:3]
     arguments = dimensions(sweep.vocab_axis, *jax.tree.unflatten(tree, arrays))
     results = _results(sweep, wanted, arguments, *jax.tree.unflatten(tree, arrays))
 
-    def plan(mesh, arrays):
+    def planned(mesh, arrays):
+        """(the layout, shardings of the results, shardings of the arguments)."""
         plan = layout(dict(mesh.shape), jax.tree.unflatten(tree, arrays)[0], arguments[0])
-        names = [jax.tree.leaves(tree, is_leaf=is_dimensions) for tree in (results, arguments)]
-        return plan, jax.tree.map(partial(NamedSharding, mesh), plan.specs(names))
+        names = [jax.tree.leaves(dims, is_leaf=is_dimensions) for dims in (results, arguments)]
+        return plan, *jax.tree.map(partial(NamedSharding, mesh), plan.specs(names))
 
-    def partition(mesh, arrays, _):
-        plan_, (of_results, of_arguments) = plan(mesh, arrays[0])
+    def partition(mesh, arguments, _):
+        plan, of_results, of_arguments = planned(mesh, *arguments)
 
         def local(arrays):
-            # The compiler calls from a thread of its own, where `with` blocks around the loss do not reach.
-            with jax.enable_x64(x64), jax.default_matmul_precision(matmul_precision):
-                local_arrays = jax.tree.unflatten(tree, arrays)
-                return jax.tree.leaves(_on_each_device(sweep, wanted, dict(mesh.shape), plan_, *local_arrays))
+            with static.config():
+                shards = jax.tree.unflatten(tree, arrays)
+                return jax.tree.leaves(_on_each_device(sweep, wanted, dict(mesh.shape), plan, *shards))
 
         return mesh, local, of_results, (of_arguments,)
 
@@ -152,7 +161,7 @@ def _partitioned(*arrays, static):
     f = custom_partitioning(lambda arrays: _plain(*arrays, static=static))
     f.def_partition(
         partition,
-        infer_sharding_from_operands=lambda mesh, arrays, _: plan(mesh, arrays[0])[1][0],
+        infer_sharding_from_operands=lambda mesh, arguments, _: planned(mesh, *arguments)[1],
         sharding_rule=f"{rule(arguments)} -> {rule(results)}",
     )
     return f(list(arrays))
@@ -166,17 +175,17 @@ def _on_mesh(*arrays, static, program):
 def _by_tpu(*arrays, static, program):
     del program
     inputs, coefficients = jax.tree.unflatten(static.tree, arrays)
-    if not jax.sharding.get_abstract_mesh().empty:  # `jax.set_mesh`
-        entries = [PartitionSpec.UNCONSTRAINED if axis == static.sweep.vocab_axis else None for axis in range(2)]
-        kernel = lax.with_sharding_constraint(inputs.kernel, PartitionSpec(*entries))
+    if not static.mesh.empty:
+        spec = PartitionSpec(*(PartitionSpec.UNCONSTRAINED if a == static.sweep.vocab_axis else None for a in range(2)))
+        kernel = lax.with_sharding_constraint(inputs.kernel, NamedSharding(static.mesh, spec))
         inputs = inputs._replace(kernel=kernel)
-    return _plain(*jax.tree.leaves((inputs, coefficients)), static=static)
+    with static.config():
+        return _plain(*jax.tree.leaves((inputs, coefficients)), static=static)
 
 
 def _abstract(*arrays, static, program):
-    del program
-    shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays]
-    return [ShapedArray(a.shape, a.dtype) for a in jax.eval_shape(partial(_plain, static=static), *shapes)]
+    del arrays, static
+    return program.out_avals
 
 
 def _batched(arrays, axes, *, static, program):

@@ -579,6 +579,24 @@ def test_stats_of_all_positions():
     assert sharded(ARRAYS["logits"], LABELS) == f(ARRAYS["logits"], LABELS) == np.sum(LABELS != -100)
 
 
+def test_no_positions():
+    """Batches of nothing are no special case: the sum is 0, and so are its gradients."""
+    arrays = HIDDEN[:, :0], KERNEL, LABELS[:, :0]
+    specs = P("data"), SPECS["kernel"], P("data")
+    f = partial(jxent.linear_cross_entropy, reduction="sum")
+    mapped = jax.shard_map(
+        partial(f, axis_name="vocab", batch_axis_name="data"),
+        mesh=mesh_of("Auto", data=4, vocab=2),
+        in_specs=specs,
+        out_specs=P(),
+    )
+    for mode, function in (("Auto", mapped), ("Auto", f), ("Explicit", f)):
+        mesh = mesh_of(mode, data=4, vocab=2)
+        placed = [put(mesh, a, s) for a, s in zip(arrays, specs, strict=True)]
+        value, grads = jax.jit(jax.value_and_grad(function, (0, 1)))(*placed)
+        assert_equal((value, *grads), (0.0, np.zeros((BATCH, 0, FEATURES)), np.zeros_like(KERNEL)))
+
+
 WRONG = {
     "replicated kernel": (
         {"axis_name": "data"},
