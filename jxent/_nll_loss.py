@@ -134,6 +134,7 @@ def _costs_bwd(layout, residuals, cotangent):
     if by_index(labels):
         labels = jnp.expand_dims(labels, axis)
         at_label = lax.broadcasted_iota(labels.dtype, log_probs.shape, axis) == offset(labels, first)
+        at_label = sharded_like(at_label, log_probs)
         # 0 by way of the log-probabilities, of whose sharding the compiler would know nothing otherwise.
         grad = jnp.where(at_label, -cotangent, jnp.where(log_probs < 0, jnp.zeros((), dtype), 0))
         grad = jnp.where(out_of_range(labels, log_probs.shape[axis] * shards.number), jnp.nan, grad)

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import PartitionSpec
 
-from jxent._shards import by_compiler, largest, total
+from jxent._shards import by_compiler, largest, total, varying
 
 
 def compute_dtype(*dtypes):
@@ -37,15 +37,22 @@ def compute_dtype(*dtypes):
     return jnp.promote_types(jnp.result_type(*dtypes), jnp.float32)
 
 
-@jax.custom_jvp
 def barrier(values):
-    """`lax.optimization_barrier`, but no barrier to tangents, which JAX 0.12 cannot always transpose."""
+    """`lax.optimization_barrier`, but none to tangents, which JAX 0.12 cannot always transpose.
+
+    Except inside a `shard_map` that checks replication, where a barrier makes values vary, and tangents must follow.
+    """
+    return (lax.optimization_barrier if any(map(varying, jax.tree.leaves(values))) else _barrier)(values)
+
+
+@jax.custom_jvp
+def _barrier(values):
     return lax.optimization_barrier(values)
 
 
-@barrier.defjvp
+@_barrier.defjvp
 def _barrier_jvp(primals, tangents):
-    return barrier(*primals), tangents[0]
+    return _barrier(*primals), tangents[0]
 
 
 def again(previous, logits, *rows):
