@@ -12,7 +12,7 @@ from jxent._checks import AxisName
 from jxent._costs import Form, costs
 from jxent._labels import by_index, report
 from jxent._reduce import Coefficients, counted, denominator, only, product_of, reduce, share_of, weigh, weight_of
-from jxent._shards import Shards, along_positions, cast, everywhere, first_class, sharded_like
+from jxent._shards import Shards, alike, along_positions, first_class, sharded_like
 
 
 class Stats(NamedTuple):
@@ -188,18 +188,17 @@ def _cross_entropy(options, axis, logits, labels, class_weight, sample_weight, w
     form = options.form(axis)
 
     placed = partial(along_positions, other=logits, axis=axis)
+    labels = placed(labels) if by_index(labels) else sharded_like(labels, logits)
     keep = counted(labels, where, options.ignore_index, shape, placed)
     if by_index(labels):
-        labels = only(keep, placed(labels))  # 0 where ignored: in range
+        labels = only(keep, labels)  # 0 where ignored: in range
         report("cross_entropy", labels, logits.shape[axis] * options.shards.number)
-    else:
-        labels = sharded_like(labels, logits)
     first = first_class(options.shards, logits.shape[axis])
     in_sums = class_weight if form.uniform or not by_index(labels) else None
     in_sums = sharded_like(in_sums, logits, [axis])
-    axes = everywhere(logits, labels, in_sums, axis_name=options.shards.axis_name)
-    inputs = cast(logits, axes), labels if by_index(labels) else cast(labels, axes), cast(in_sums, axes)
-    rows = costs(form, *inputs, None if keep is None else jnp.expand_dims(keep, axis), first)
+    row_keep = None if keep is None else jnp.expand_dims(keep, axis)
+    each, (x, in_sums), (row_keep,) = alike(options.shards, labels, (logits, in_sums), (row_keep,))
+    rows = costs(form, x, each, in_sums, row_keep, first)
     rows = jax.tree.map(lambda row: only(keep, jnp.squeeze(row, axis)), rows)
 
     label_weight = weight_of(labels, class_weight, keep, options.shards, first)

@@ -14,7 +14,7 @@ from jxent._labels import by_index, report
 from jxent._linear_costs import linear_costs, linear_total
 from jxent._reduce import Coefficients, counted, denominator, only, reduce, share_of, weigh, weight_of
 from jxent._rows import compute_dtype
-from jxent._shards import along_positions, cast, everywhere, first_class, total
+from jxent._shards import alike, along_positions, first_class, total
 from jxent._sweep import Inputs, Sweep
 
 
@@ -79,9 +79,9 @@ def linear_cross_entropy(
       return_stats: also return `Stats`.
       block_size: how many positions are in flight at once, at most; under `jax.vmap`, of each example; where `jax.jit`
         shards the positions, on all devices together. The temporaries are ``block_size * vocab`` logits and as many
-        gradients of logits; the answer does not depend on it. The default is a quarter of the positions (of a device's,
-        where they are sharded), or as many as have 64 MiB of float32 logits if that is less, but at least 256; on a GPU
-        or TPU 1 GiB and 1024. A larger block makes larger matmuls and fewer updates of the kernel's gradient, a smaller
+        gradients of logits; the answer does not depend on it. The default is a quarter of the positions, or as many
+        as have 64 MiB of float32 logits if that is less, but at least 256; on a GPU or TPU 1 GiB and 1024. Where arrays
+        are sharded it counts the positions and classes of a device; for `Auto` axes on a TPU those of all devices. A larger block makes larger matmuls and fewer updates of the kernel's gradient, a smaller
         one takes less memory.
       recompute: compute the gradients in the backward pass, for a fourth matmul, so that no gradient is kept between
         the two passes; ``reduction="none"`` always does.
@@ -145,9 +145,10 @@ def _linear_cross_entropy(options, sweep, recompute, inputs, class_weight, sampl
     hidden, labels, shape = inputs.hidden, inputs.labels, inputs.hidden.shape[:-1]
     classes = inputs.kernel.shape[sweep.vocab_axis]
     placed = partial(along_positions, other=hidden, axis=hidden.ndim - 1)
+    labels = placed(labels) if by_index(labels) else labels
     keep = counted(labels, where, options.ignore_index, shape, placed)
     if by_index(labels):
-        labels = only(keep, placed(labels))  # 0 where ignored: in range
+        labels = only(keep, labels)  # 0 where ignored: in range
         report("linear_cross_entropy", labels, classes * options.shards.number)
     first = first_class(options.shards, classes)
     inputs = inputs._replace(labels=labels, keep=keep, first=first)
@@ -184,12 +185,9 @@ def _everywhere(coefficient, keep, shape, dtype):
 
 
 def _alike(options, inputs, coefficients):
-    """Both, cast to vary along the mesh axes along which any of them varies; see `cast`.
-
-    What there is one of for each position, whatever the classes, is the same on every shard of the classes.
-    """
-    axes = everywhere(*inputs, *coefficients, axis_name=options.shards.axis_name)
-    positional = axes - frozenset(options.shards.axis_name)
-    per_position = ("keep", "labels") if by_index(inputs.labels) else ("keep",)
-    inputs = {name: cast(a, positional if name in per_position else axes) for name, a in inputs._asdict().items()}
-    return Inputs(**inputs), [cast(c, positional) for c in coefficients]
+    """Both, as `alike` casts them."""
+    hidden, kernel, bias, labels, class_weight, keep, first = inputs
+    labels, (hidden, kernel, bias, class_weight, first), (keep, *coefficients) = alike(
+        options.shards, labels, (hidden, kernel, bias, class_weight, first), (keep, *coefficients)
+    )
+    return Inputs(hidden, kernel, bias, labels, class_weight, keep, first), coefficients

@@ -12,7 +12,7 @@ from jxent._checks import AxisName
 from jxent._labels import along, by_index, clipped, out_of_range, report, times
 from jxent._reduce import counted, denominator, only, product_of, reduce, share_of, weight_of, weighted
 from jxent._rows import again, class_sum, compute_dtype, label_logit, product
-from jxent._shards import along_positions, cast, everywhere, first_class, offset, own, sharded_like, summed
+from jxent._shards import alike, along_positions, first_class, offset, own, sharded_like, summed
 
 
 def nll_loss(
@@ -79,18 +79,16 @@ def _nll_loss(axis, ignore_index, reduction, mesh_axes, log_probs, labels, class
     shards, batch_axis_name = mesh_axes
     shape = log_probs.shape[:axis] + log_probs.shape[axis + 1 :]
     placed = partial(along_positions, other=log_probs, axis=axis)
+    labels = placed(labels) if by_index(labels) else sharded_like(labels, log_probs)
     keep = counted(labels, where, ignore_index, shape, placed)
     if by_index(labels):
-        labels = only(keep, placed(labels))  # 0 where ignored: in range
+        labels = only(keep, labels)  # 0 where ignored: in range
         report("nll_loss", labels, log_probs.shape[axis] * shards.number)
-    else:
-        labels = sharded_like(labels, log_probs)
     first = first_class(shards, log_probs.shape[axis])
-    in_sums = None if by_index(labels) else class_weight
-    in_sums = sharded_like(in_sums, log_probs, [axis])
-    axes = everywhere(log_probs, labels, in_sums, axis_name=shards.axis_name)
-    inputs = cast(log_probs, axes), labels if by_index(labels) else cast(labels, axes), cast(in_sums, axes)
-    costs = _costs((axis, shards), *inputs, None if keep is None else jnp.expand_dims(keep, axis), first)
+    in_sums = None if by_index(labels) else sharded_like(class_weight, log_probs, [axis])
+    row_keep = None if keep is None else jnp.expand_dims(keep, axis)
+    each, (log_p, in_sums), (row_keep,) = alike(shards, labels, (log_probs, in_sums), (row_keep,))
+    costs = _costs((axis, shards), log_p, each, in_sums, row_keep, first)
     label_weight = weight_of(labels, class_weight, keep, shards, first)
     share = share_of(sample_weight, keep, shape, placed)
     losses = weighted(product_of(share, label_weight), only(keep, jnp.squeeze(jnp.asarray(costs), axis)))

@@ -19,11 +19,12 @@ from jxent._shards import by_compiler, offset, total
 def counted(labels, where, ignore_index, shape, placed):
     """The positions that count, a boolean array of `shape`, or None where all do.
 
-    `placed` shards an array of the positions as the logits or hidden states are, see `along_positions`.
+    `placed` shards an array of the positions as the logits or hidden states are, see `along_positions`; index labels
+    are so already.
     """
     keep = None
     if by_index(labels) and _holds(labels.dtype, ignore_index):
-        keep = placed(labels) != ignore_index
+        keep = labels != ignore_index
     if where is None:
         return keep
     where = placed(jnp.broadcast_to(where, shape))

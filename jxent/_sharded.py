@@ -30,14 +30,20 @@ from jxent._sweep import Sweep, swept
 
 def sharded(sweep, wanted, inputs, coefficients) -> Any:
     """`swept` of arrays that may be sharded."""
-    mesh = jax.typeof(inputs.hidden).sharding.mesh
+    mesh = _mesh_of(inputs, coefficients)
     if AxisType.Explicit in mesh.axis_types:
-        rows, grads = _explicit(sweep, wanted, inputs, coefficients)
+        rows, grads = _explicit(mesh, sweep, wanted, inputs, coefficients)
     elif sweep.form.shards.axis_name or mesh.manual_axes or inputs.hidden.ndim == 1:
         rows, grads = swept(sweep, wanted, inputs, coefficients)
     else:
         rows, grads = _automatic(sweep, wanted, inputs, coefficients)
     return own(rows, sweep.form.shards, inputs.first), grads
+
+
+def _mesh_of(inputs, coefficients):
+    """That of the types: where it has `Explicit` axes, some arrays may be on it and others on none."""
+    meshes = [jax.typeof(a).sharding.mesh for a in jax.tree.leaves((inputs, coefficients))]
+    return next((mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), meshes[0])
 
 
 def _on_each_device(sweep, wanted, sizes, plan, inputs, coefficients):
@@ -64,20 +70,21 @@ def _on_each_device(sweep, wanted, sizes, plan, inputs, coefficients):
     return rows, grads
 
 
-def _results(sweep, wanted, arguments, inputs, coefficients):
+def _dimensions(sweep, wanted, inputs, coefficients):
+    """The dimensions of (arguments, results) of `swept`, as of `_layout`."""
+    arguments = dimensions(sweep.vocab_axis, inputs, coefficients)
     arrays = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (inputs, coefficients))
-    return result_dimensions(arguments, *jax.eval_shape(partial(swept, sweep, wanted), *arrays))
+    return arguments, result_dimensions(arguments, *jax.eval_shape(partial(swept, sweep, wanted), *arrays))
 
 
-def _explicit(sweep, wanted, inputs, coefficients):
-    mesh = jax.typeof(inputs.hidden).sharding.mesh
+def _explicit(mesh, sweep, wanted, inputs, coefficients):
     # Not all of the explicit ones: over some an enclosing `vmap` may have mapped.
     used = [axis for a in jax.tree.leaves((inputs, coefficients)) for entry in entries(a) for axis in entry]
     if not used:
         with jax.sharding.use_abstract_mesh(mesh):
             return swept(sweep, wanted, inputs, coefficients)
     sizes = {axis: mesh.shape[axis] for axis in used}
-    arguments = dimensions(sweep.vocab_axis, inputs, coefficients)
+    arguments, results = _dimensions(sweep, wanted, inputs, coefficients)
     plan = layout(sizes, inputs, arguments[0])
 
     def reshard(array, spec):
@@ -85,7 +92,7 @@ def _explicit(sweep, wanted, inputs, coefficients):
 
     in_specs = plan.specs(arguments)
     arrays = jax.tree.map(reshard, (inputs, coefficients), in_specs)
-    out_specs = plan.specs(_results(sweep, wanted, arguments, inputs, coefficients))
+    out_specs = plan.specs(results)
     local = partial(_on_each_device, sweep, wanted, sizes, plan)
     rows, grads = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=frozenset(sizes))(
         *arrays
@@ -121,9 +128,10 @@ def _automatic(sweep, wanted, inputs, coefficients):
     config: Any = jax.config
     mesh = jax.sharding.get_abstract_mesh()
     static = _Static(sweep, wanted, tree, mesh, config.jax_enable_x64, config.jax_default_matmul_precision)
-    results = jax.tree.structure(jax.eval_shape(partial(swept, sweep, wanted), inputs, coefficients))
+    names = _dimensions(sweep, wanted, inputs, coefficients)
     # A parameter, for JAX to see that its lowering depends on the devices.
-    program = jax.make_jaxpr(partial(_partitioned, static=static))(*arrays)
+    program = jax.make_jaxpr(partial(_partitioned, static=static, names=names))(*arrays)
+    results = jax.tree.structure(names[1], is_leaf=is_dimensions)
     return jax.tree.unflatten(results, _sweep_p.bind(*arrays, static=static, program=program))
 
 
@@ -132,16 +140,14 @@ def _plain(*arrays, static, program=None):
     return jax.tree.leaves(swept(static.sweep, static.wanted, *jax.tree.unflatten(static.tree, arrays)))
 
 
-def _partitioned(*arrays, static):
+def _partitioned(*arrays, static, names):
     sweep, wanted, tree = static[:3]
-    arguments = dimensions(sweep.vocab_axis, *jax.tree.unflatten(tree, arrays))
-    results = _results(sweep, wanted, arguments, *jax.tree.unflatten(tree, arrays))
+    arguments, results = (jax.tree.leaves(dims, is_leaf=is_dimensions) for dims in names)
 
     def planned(mesh, arrays):
         """(the layout, shardings of the results, shardings of the arguments)."""
-        plan = layout(dict(mesh.shape), jax.tree.unflatten(tree, arrays)[0], arguments[0])
-        names = [jax.tree.leaves(dims, is_leaf=is_dimensions) for dims in (results, arguments)]
-        return plan, *jax.tree.map(partial(NamedSharding, mesh), plan.specs(names))
+        plan = layout(dict(mesh.shape), jax.tree.unflatten(tree, arrays)[0], names[0][0])
+        return plan, *jax.tree.map(partial(NamedSharding, mesh), plan.specs([results, arguments]))
 
     def partition(mesh, arguments, _):
         plan, of_results, of_arguments = planned(mesh, *arguments)
@@ -153,10 +159,9 @@ def _partitioned(*arrays, static):
 
         return mesh, local, of_results, (of_arguments,)
 
-    def rule(tree):
+    def rule(arrays):
         # To the compiler the kernel's gradient is sharded as the kernel is.
-        names = jax.tree.leaves(tree, is_leaf=is_dimensions)
-        return ", ".join(" ".join(name.removeprefix("d") for name in array) for array in names)
+        return ", ".join(" ".join(name.removeprefix("d") for name in array) for array in arrays)
 
     f = custom_partitioning(lambda arrays: _plain(*arrays, static=static))
     f.def_partition(

@@ -98,6 +98,17 @@ def cast(array, axes):
     return lax.pcast(array, missing, to="varying") if array is not None and missing else array
 
 
+def alike(shards, labels, of_classes, of_positions):
+    """(`labels`, `of_classes`, `of_positions`), cast to vary along the axes along which any of them varies; see `cast`.
+
+    What there is one of for each position, as class indices are, is the same on every shard of the classes.
+    """
+    axes = everywhere(labels, *of_classes, *of_positions, axis_name=shards.axis_name)
+    positional = axes - frozenset(shards.axis_name)
+    labels = cast(labels, positional if jnp.issubdtype(labels.dtype, jnp.integer) else axes)
+    return labels, [cast(a, axes) for a in of_classes], [cast(a, positional) for a in of_positions]
+
+
 def sharded_like(array, other, axes=None) -> Any:
     """`array`, whose axes are these of `other` (None for all), sharded as they are; None for None.
 

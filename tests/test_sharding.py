@@ -153,6 +153,8 @@ LAYOUTS: dict[str, tuple] = {
     "FSDP of the vocabulary": ({"data": 8}, P("data"), P(None, "data")),
     "sequence and vocabulary on one axis": ({"data": 4, "model": 2}, P("data", "model"), P(None, "model")),
     "features": ({"data": 4, "model": 2}, P("data", None, "model"), P("model")),
+    "vocabulary, then FSDP of it": ({"data": 4, "vocab": 2}, P("data"), P(None, ("vocab", "data"))),
+    "FSDP of the vocabulary, and it": ({"data": 4, "vocab": 2}, P("data"), P(None, ("data", "vocab"))),
 }
 
 
@@ -164,14 +166,16 @@ MOVED = {
     "FSDP of the vocabulary": [("all-gather", KERNEL.size), SCATTERED],
     "sequence and vocabulary on one axis": [("all-gather", HIDDEN.size // 4)],
     "features": [("all-gather", HIDDEN.size // 4), ("all-gather", KERNEL.size)],
+    "vocabulary, then FSDP of it": [("all-gather", KERNEL.size // 2), SCATTERED],
+    "FSDP of the vocabulary, and it": [("all-gather", KERNEL.size), ("reduce-scatter", KERNEL.size // 4)],
 }
 
 
 def specs_of(layout):
     _, hidden, kernel = LAYOUTS[layout]
     positions, vocab = P(*hidden[:2]), kernel[1] if len(kernel) == 2 else None
-    vocab_of_logits = None if vocab in hidden else vocab
-    logits = P(*[*positions, None, None][:2], vocab_of_logits)
+    vocab_of_logits = tuple(a for a in (vocab if isinstance(vocab, tuple) else (vocab,)) if a not in (None, *hidden))
+    logits = P(*[*positions, None, None][:2], vocab_of_logits or None)
     return {
         **{"hidden": hidden, "kernel": kernel, "labels": positions, "sample_weight": positions},
         **{"logits": logits, "probabilities": logits, "bias": P(vocab), "class_weight": P(vocab)},
@@ -290,25 +294,44 @@ def test_transformations_of_sharded_losses(mode):
         assert_equal(jax.jit(f)(*sharded), jax.jit(f)(*map(jnp.asarray, arrays)))
 
 
-@pytest.mark.parametrize("mode", ["Auto", "Explicit"])
+@pytest.mark.parametrize("way", ["Auto", "Explicit", "shard_map"])
 @pytest.mark.parametrize("nan", [[0], [0, 4], [0, 8, 16, 24, 32, 40, 48, 56]])
-def test_nan_is_not_passed_over(nan, mode):
+def test_nan_is_not_passed_over(nan, way):
     """The largest of several numbers may be one of the others; where all shards have a NaN it may be -inf."""
-    bias = BIAS.copy()
+    bias, hidden = BIAS.copy(), HIDDEN.copy()
     bias[nan] = np.nan
-    mesh = mesh_of(mode, vocab=8)
-    logits = put(mesh, ARRAYS["logits"] + bias, P(None, None, "vocab"))
-    hidden, kernel, bias_, labels = (
-        put(mesh, a, s) for a, s in ((HIDDEN, P()), (KERNEL, P(None, "vocab")), (bias, P("vocab")), (LABELS, P()))
-    )
+    hidden[1, 2, 3] = np.nan
+
+    def f(logits, hidden, kernel, bias, labels, **axis_name):
+        """What is NaN where one class is, and what is at all positions of `hidden` that have a NaN."""
+        options = {"reduction": "none", **axis_name}
+        return (
+            jxent.cross_entropy(logits, labels, **options),
+            jxent.linear_cross_entropy(HIDDEN, kernel, labels, bias=bias, **options),
+            jxent.logsumexp(logits, **axis_name),
+            jnp.sum(jxent.softmax(logits, **axis_name), -1),
+        ), jxent.linear_cross_entropy(hidden, kernel, labels, **options)
+
+    mesh = mesh_of("Auto" if way == "shard_map" else way, vocab=8)
+    specs = P(None, None, "vocab"), P(), P(None, "vocab"), P("vocab"), P()
+    arrays = [
+        put(mesh, a, spec)
+        for a, spec in zip((ARRAYS["logits"] + bias, hidden, KERNEL, bias, LABELS), specs, strict=True)
+    ]
+    if way == "shard_map":  # the results of every shard, one after the other
+
+        def on_each(*arrays):
+            return jax.tree.map(lambda a: a[None], f(*arrays, axis_name="vocab"))
+
+        f_ = jax.shard_map(on_each, mesh=mesh, in_specs=specs, out_specs=P("vocab"), check_vma=False)
+    else:
+        f_ = f
+    of_all, of_hidden = jax.tree.map(np.asarray, jax.jit(f_)(*arrays))
     counts = LABELS != -100
-    for losses in (
-        jxent.cross_entropy(logits, labels, reduction="none"),
-        jax.jit(partial(jxent.linear_cross_entropy, reduction="none"))(hidden, kernel, labels, bias=bias_),
-    ):
-        assert np.isnan(losses[counts]).all()
-    assert np.isnan(jxent.logsumexp(logits)).all()
-    assert np.isnan(jxent.softmax(logits)).all()
+    for number, values in enumerate(of_all):
+        assert values.shape == ((8, *LABELS.shape) if way == "shard_map" else LABELS.shape)
+        assert np.isnan(values[..., counts] if number < 2 else values).all()
+    np.testing.assert_array_equal(np.isnan(of_hidden), np.isnan(np.broadcast_to(hidden[..., 3], of_hidden.shape)))
 
 
 def test_weights_without_a_mesh():
@@ -318,6 +341,16 @@ def test_weights_without_a_mesh():
     actual = jax.jit(jxent.cross_entropy)(logits, labels, class_weight=jnp.asarray(ARRAYS["class_weight"]))
     wanted = jxent.cross_entropy(*(jnp.asarray(ARRAYS[a]) for a in LOGITS[:2]), class_weight=ARRAYS["class_weight"])
     assert_equal(actual, wanted)
+
+
+@pytest.mark.parametrize("single", ["hidden", "kernel", "labels"])
+def test_an_array_without_a_mesh(expected, single):
+    """One array of one device, beside others on a mesh of explicit axes."""
+    mesh = mesh_of("Explicit", data=4, vocab=2)
+    specs = {"hidden": P("data"), "kernel": P(None, "vocab"), "labels": P("data")}
+    arrays = [jnp.asarray(ARRAYS[a]) if a == single else put(mesh, ARRAYS[a], specs[a]) for a in LINEAR[:3]]
+    actual = jax.jit(jax.value_and_grad(linear_loss, (0, 1)))(*arrays)
+    assert_equal(actual, expected["linear"])
 
 
 @pytest.mark.parametrize(
@@ -348,14 +381,25 @@ def test_positions_on_a_mesh_of_the_caller(mode, name):
 
 
 @pytest.mark.parametrize("mode", ["Auto", "Explicit"])
-def test_matmul_precision_of_a_context(mode):
+def test_contexts_of_the_trace(mode):
+    """What the program is made of is said where it is traced: lowering and compiling may come later, outside of it."""
     mesh = mesh_of(mode, data=4, vocab=2)
-    arrays = [put(mesh, a, s) for a, s in ((HIDDEN, P("data")), (KERNEL, P(None, "vocab")), (LABELS, P("data")))]
-    with jax.default_matmul_precision("highest"):
-        program = jax.jit(jxent.linear_cross_entropy).lower(*arrays).compile()
+    specs = P("data"), P("data", "vocab"), P("data")
+    arrays = [put(mesh, a, s) for a, s in zip((HIDDEN, KERNEL, LABELS), specs, strict=True)]
+    with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
+        traced = jax.jit(jax.value_and_grad(linear_loss, (0, 1))).trace(*arrays)
+    program = traced.lower().compile()
     dots = [line for line in program.as_text().splitlines() if " dot(" in line]
-    assert dots
+    assert len(dots) >= 3
     assert all("operand_precision={highest,highest}" in line for line in dots)
+    assert_equal(program(*arrays), jax.value_and_grad(linear_loss, (0, 1))(*map(jnp.asarray, (HIDDEN, KERNEL, LABELS))))
+
+    lowered = traced.lower(lowering_platforms=("tpu",)).as_text()
+    dots = [line for line in lowered.splitlines() if "dot_general" in line]
+    assert len(dots) >= 3
+    assert all("precision = [HIGHEST, HIGHEST]" in line for line in dots)
+    if mode == "Auto":  # on the caller's mesh the kernel is gathered along its features, before the loop
+        assert "sharding_constraint %arg1 <@mesh, [{}, {?}]>" in lowered[: lowered.index("stablehlo.while")]
 
 
 # --- inside shard_map and vmap ----------------------------------------------------------------------------------------
