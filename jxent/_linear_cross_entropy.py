@@ -81,8 +81,8 @@ def linear_cross_entropy(
         shards the positions, on all devices together. The temporaries are ``block_size * vocab`` logits and as many
         gradients of logits; the answer does not depend on it. The default is a quarter of the positions, or as many
         as have 64 MiB of float32 logits if that is less, but at least 256; on a GPU or TPU 1 GiB and 1024. Where arrays
-        are sharded it counts the positions and classes of a device; for `Auto` axes on a TPU those of all devices. A larger block makes larger matmuls and fewer updates of the kernel's gradient, a smaller
-        one takes less memory.
+        are sharded it counts the positions and classes of a device; for `Auto` axes on a TPU those of all devices.
+        A larger block makes larger matmuls and fewer updates of the kernel's gradient, a smaller one takes less memory.
       recompute: compute the gradients in the backward pass, for a fourth matmul, so that no gradient is kept between
         the two passes; ``reduction="none"`` always does.
       precision: of the matmuls, as in `jax.lax.dot_general`. A TPU multiplies float32 in bfloat16 unless told
