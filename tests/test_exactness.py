@@ -5,6 +5,7 @@ rounds likewise once more. A gradient element below float32's normal range is no
 """
 
 import itertools
+from functools import partial
 
 import chex
 import jax
@@ -12,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jxent
 
@@ -43,19 +46,21 @@ def worst(got, want):
     return np.max(np.abs(got - want)[judged] / np.abs(want)[judged])
 
 
-@jax.jit
-def losses_and_gradients(logits, labels, one_hot):
+@partial(jax.jit, static_argnames="axis_name")
+def losses_and_gradients(logits, labels, one_hot, axis_name=None):
+    options = {"reduction": "none", "axis_name": axis_name}
+
     def pull(loss):
         values, vjp = jax.vjp(loss, logits)
         return values, vjp(jnp.ones_like(values))[0]
 
     return {
-        "index labels": pull(lambda x: jxent.cross_entropy(x, labels, reduction="none")),
-        "index labels, with stats": pull(
-            lambda x: jxent.cross_entropy(x, labels, reduction="none", return_stats=True)[0]
+        "index labels": pull(lambda x: jxent.cross_entropy(x, labels, **options)),
+        "index labels, with stats": pull(lambda x: jxent.cross_entropy(x, labels, return_stats=True, **options)[0]),
+        "one-hot labels": pull(lambda x: jxent.cross_entropy(x, one_hot, **options)),
+        "log_softmax, nll_loss": pull(
+            lambda x: jxent.nll_loss(jxent.log_softmax(x, axis_name=axis_name), labels, **options)
         ),
-        "one-hot labels": pull(lambda x: jxent.cross_entropy(x, one_hot, reduction="none")),
-        "log_softmax, nll_loss": pull(lambda x: jxent.nll_loss(jxent.log_softmax(x), labels, reduction="none")),
     }
 
 
@@ -72,6 +77,56 @@ def test_float32(classes, offset):
     assert worst(jxent.log_softmax(logits), log_p) < BOUND
     assert worst(jxent.softmax(logits), np.exp(log_p)) < BOUND
     chex.assert_trees_all_close(jxent.logsumexp(logits), oracle.logsumexp(logits).astype(np.float32), rtol=BOUND)
+
+
+@partial(jax.jit, static_argnames="axis_name")
+def everything(logits, labels, one_hot, axis_name=None):
+    """(losses by name, gradients by name, log-probabilities, probabilities, log-normalizers)."""
+
+    def linear(x, reduction):  # x as the kernel: the logits are its entries, and its gradient is theirs
+        eye = jax.lax.stop_gradient(jnp.eye(len(labels), dtype=x.dtype))
+        return jxent.linear_cross_entropy(eye, x, labels, reduction=reduction, axis_name=axis_name, block_size=32)
+
+    pairs = losses_and_gradients(logits, labels, one_hot, axis_name)
+    losses, pull = jax.vjp(partial(linear, reduction="none"), logits)
+    pairs["linear"] = losses, pull(jnp.ones_like(losses))[0]
+    pairs["linear, sum"] = losses, jax.grad(partial(linear, reduction="sum"))(logits)
+    losses, gradients = ({name: pair[i] for name, pair in pairs.items()} for i in (0, 1))
+    return (
+        losses,
+        gradients,
+        *(f(logits, axis_name=axis_name) for f in (jxent.log_softmax, jxent.softmax, jxent.logsumexp)),
+    )
+
+
+@pytest.mark.parametrize(
+    ("way", "classes"), [("shard_map", 8), ("shard_map", 1000), ("Auto", 1000), ("Explicit", 1000)]
+)
+def test_float32_on_shards(way, classes):
+    """Classes over eight devices; the label on the largest logit's shard and on another, all offsets at once."""
+    every = [rows(classes, offset) for offset in OFFSETS]
+    logits, labels = (np.concatenate([row[i] for row in every] * 2) for i in (0, 1))
+    half = len(labels) // 2
+    labels[half:] = (labels[half:] + classes // 2) % classes
+    mesh = jax.make_mesh((8,), ("vocab",), axis_types=(AxisType.Explicit if way == "Explicit" else AxisType.Auto,))
+    specs = P(None, "vocab"), P(), P(None, "vocab")
+    one_hot = oracle.one_hot(labels, classes).astype(np.float32)
+    arrays = [jax.device_put(a, NamedSharding(mesh, s)) for a, s in zip((logits, labels, one_hot), specs, strict=True)]
+    if way == "shard_map":
+        out = P(), specs[0], specs[0], specs[0], P()
+        f = jax.shard_map(partial(everything, axis_name="vocab"), mesh=mesh, in_specs=specs, out_specs=out)
+        losses, gradients, log_p, p, log_normalizer = jax.jit(f)(*arrays)
+    else:
+        losses, gradients, log_p, p, log_normalizer = everything(*arrays)
+
+    want = oracle.log_softmax(logits)
+    loss, gradient = -np.take_along_axis(want, labels[:, None], -1)[:, 0], oracle.logit_gradient(logits, labels)
+    for name in losses:
+        assert worst(losses[name], loss) < BOUND, name
+        assert worst(gradients[name], gradient) < BOUND, name
+    assert worst(log_p, want) < BOUND
+    assert worst(p, np.exp(want)) < BOUND
+    chex.assert_trees_all_close(log_normalizer, oracle.logsumexp(logits).astype(np.float32), rtol=BOUND)
 
 
 @pytest.mark.parametrize("classes", [3, 1000, 50257])

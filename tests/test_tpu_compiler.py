@@ -43,15 +43,17 @@ def mesh_of(topology, mode, **axes):
     )
 
 
-def compiled(f, *arrays):
-    return jax.jit(f).trace(*arrays).lower(lowering_platforms=("tpu",)).compile()
+def compiled(f, *arrays, context=None):
+    with context or contextlib.nullcontext():  # of the trace alone
+        traced = jax.jit(f).trace(*arrays)
+    return traced.lower(lowering_platforms=("tpu",)).compile()
 
 
 def loss(hidden, kernel, labels):
     return jxent.linear_cross_entropy(hidden, kernel, labels, block_size=1024)
 
 
-def linear_program(mesh, hidden, kernel, wrt=(0, 1), loss=loss):
+def linear_program(mesh, hidden, kernel, wrt=(0, 1), loss=loss, context=None):
     def array(shape, dtype, spec):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
 
@@ -60,6 +62,7 @@ def linear_program(mesh, hidden, kernel, wrt=(0, 1), loss=loss):
         array((BATCH, LENGTH, FEATURES), jnp.bfloat16, hidden),
         array((FEATURES, VOCAB), jnp.bfloat16, kernel),
         array((BATCH, LENGTH), jnp.int32, P(*hidden[:2])),
+        context=context,
     )
 
 
@@ -91,8 +94,7 @@ def test_fsdp(way, wrt):
     mesh = mesh_of("v5e:2x4", "Explicit" if way == "Explicit" else "Auto", data=4, vocab=2)
     specs = P("data"), P("data", "vocab")
     f = jax.sharding.explicit_axes(loss, in_sharding=(*specs, P("data"))) if way == "explicit_axes" else loss
-    with contextlib.nullcontext() if way == "Explicit" else jax.set_mesh(mesh):
-        program = linear_program(mesh, *specs, wrt, f)
+    program = linear_program(mesh, *specs, wrt, f, context=None if way == "Explicit" else jax.set_mesh(mesh))
     gathered = ("all-gather", FEATURES * VOCAB // 2, False)
     gradient = {
         "set_mesh": ("all-reduce", FEATURES * VOCAB // 2, False),
