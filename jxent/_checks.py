@@ -7,16 +7,10 @@ argument, what was wanted, what came, and the remedy where there is one.
 import math
 import numbers
 import operator
-from collections.abc import Hashable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
-
-from jxent._shards import checked, shards_of, varying
-
-AxisName = Hashable | tuple[Hashable, ...]
 
 REDUCTIONS = ("mean", "sum", "none")
 FLOATING = tuple(jnp.dtype(d) for d in (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64))
@@ -28,7 +22,7 @@ def array(function, name, value):
     try:
         return jnp.asarray(value)
     except (TypeError, ValueError) as error:
-        raise TypeError(f"{function}: {name} must be an array, got {_shown(value)}") from error
+        raise TypeError(f"{function}: {name} must be an array, got {shown(value)}") from error
 
 
 def floating(function, name, value, remedy="convert it with .astype(jnp.float32)"):
@@ -46,11 +40,11 @@ def optional_floating(function, name, value, remedy="convert it with .astype(jnp
 def integer(function, name, value):
     """A Python (or NumPy) integer; such options are static."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{function}: {name} must be a Python integer, got {_shown(value)}")
+        raise TypeError(f"{function}: {name} must be a Python integer, got {shown(value)}")
     return operator.index(value)
 
 
-def _shown(value):
+def shown(value):
     """What came in place of a Python value, and the remedy if it is an array, which may be a traced one."""
     shown = f"{value!r:.80} ({type(value).__name__})"
     if isinstance(value, jax.Array):
@@ -206,7 +200,7 @@ def matmul_precision(function, value):
         kind = ValueError if isinstance(value, str | tuple) else TypeError
         raise kind(
             f'{function}: precision must be None, a string such as "highest", a jax.lax.Precision, a pair of these, or '
-            f"a dot algorithm, as for jax.lax.dot_general, got {_shown(value)}"
+            f"a dot algorithm, as for jax.lax.dot_general, got {shown(value)}"
         ) from error
     return value
 
@@ -262,60 +256,15 @@ def ignored_class(function, ignore_index, labels):
 
 def reduction(function, value):
     if not isinstance(value, str):
-        raise TypeError(f"{function}: reduction must be a string, one of {REDUCTIONS}, got {_shown(value)}")
+        raise TypeError(f"{function}: reduction must be a string, one of {REDUCTIONS}, got {shown(value)}")
     if value not in REDUCTIONS:
         raise ValueError(f"{function}: reduction must be one of {REDUCTIONS}, got {value!r}")
     return value
 
 
-def mesh_axis(function, name, value, argument, array):
-    """`axis_name` and its like as a tuple of axes in scope, () for None; `array` must be sharded over them."""
-    axes = () if value is None else tuple(value) if isinstance(value, tuple | list) else (value,)
-    if not all(isinstance(axis, Hashable) and not isinstance(axis, int | PartitionSpec) for axis in axes):
-        raise TypeError(f"{function}: {name} must be the name of a mesh axis or a tuple of names, got {_shown(value)}")
-    if len(set(axes)) < len(axes):
-        raise ValueError(f"{function}: {name} must not name an axis twice, got {value!r}")
-    for axis in axes:
-        try:
-            jax.lax.axis_size(axis)
-        except NameError as error:
-            raise ValueError(
-                f"{function}: {name}={value!r} names no axis in scope: it is for calls inside jax.shard_map or "
-                "jax.vmap(..., axis_name=...); arrays that are sharded under plain jax.jit need no argument"
-            ) from error
-    missing = checked(axes) - varying(array)
-    if missing:
-        raise ValueError(
-            f"{function}: {argument} must be sharded over {name}={value!r}, got the same array all along "
-            f"{sorted(map(str, missing))}; name the axis in its spec in in_specs of jax.shard_map"
-        )
-    return axes
-
-
-def mesh_axes(function, axis_name, batch_axis_name, reduction, positions, classes=None):
-    """(`Shards` of `axis_name`, axes of `batch_axis_name`).
-
-    `positions` is (name, array) of the argument that has them, and `classes` that of the one with the classes, if that
-    is another one.
-    """
-    over_classes = mesh_axis(function, "axis_name", axis_name, *(classes or positions))
-    over_positions = mesh_axis(function, "batch_axis_name", batch_axis_name, *positions)
-    if set(over_classes) & set(over_positions):
-        raise ValueError(
-            f"{function}: axis_name and batch_axis_name must name different axes, got {axis_name!r} and "
-            f"{batch_axis_name!r}"
-        )
-    if over_positions and reduction == "none":
-        raise ValueError(
-            f"{function}: batch_axis_name={batch_axis_name!r} is for a mean or sum over the positions of all shards; "
-            'reduction="none" takes none'
-        )
-    return shards_of(over_classes), over_positions
-
-
 def flag(function, name, value):
     if not isinstance(value, bool | np.bool_):
-        raise TypeError(f"{function}: {name} must be True or False, got {_shown(value)}")
+        raise TypeError(f"{function}: {name} must be True or False, got {shown(value)}")
     return bool(value)
 
 
@@ -330,7 +279,7 @@ def scalar(function, name, value, low, high):
             raise ValueError(f"{function}: {name} must be {wanted}, got {value}")
         return value
     if not isinstance(value, jax.Array | np.ndarray):
-        raise TypeError(f"{function}: {name} must be a number or a floating-point scalar, got {_shown(value)}")
+        raise TypeError(f"{function}: {name} must be a number or a floating-point scalar, got {shown(value)}")
     if value.dtype not in FLOATING:
         raise TypeError(
             f"{function}: {name} must be a number or a floating-point scalar, got dtype {value.dtype}; convert "
@@ -345,7 +294,7 @@ def softcap(function, value):
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{function}: logit_softcap must be None or a Python number, got {_shown(value)}")
+        raise TypeError(f"{function}: logit_softcap must be None or a Python number, got {shown(value)}")
     value = float(value)
     float32 = np.finfo(np.float32)
     if not float32.tiny <= value <= float32.max:

@@ -25,10 +25,12 @@ from jxent._rows import (
     again,
     below_max,
     centered,
+    class_indices,
     class_sum,
     compute_dtype,
     label_logit,
     normalizer,
+    on_cpu,
     pick,
     product,
     unmasked,
@@ -89,7 +91,7 @@ def costs(form, logits, labels, class_weight, keep, first):
     the classes are sharded, all of these are this shard's, but class indices count all classes, and `first` is the one
     that this shard begins with; otherwise `first` is None.
     """
-    return _costs_fwd(form, logits, labels, class_weight, keep, first)[0]
+    return own(costs_fwd(form, logits, labels, class_weight, keep, first)[0], form.shards, first)
 
 
 def costs_fwd(form, logits, labels, class_weight, keep, first):
@@ -107,34 +109,41 @@ def costs_fwd(form, logits, labels, class_weight, keep, first):
     if form.uniform or form.z or form.stats or not isinstance(local, int) or local > 2**24:
         left_out = None  # float32 counts to 2**24
     top, log_z, log_normalizer, exp = normalizer(logits, left_out, axis, cap, dtype, form.room, axis_name)
+    rows = top, log_z
+
+    def cost(x, q, w, top, log_z, unit):
+        return product(times(q.astype(dtype), w), log_z - centered(x, top, cap, unit), unit)
+
     if label is not None:
         log_z = jnp.where(out_of_range(jnp.expand_dims(labels, form.axis), classes), jnp.nan, log_z)
         label_cost = log_z - centered(label[1], top, cap, jnp.ones((), dtype))
+        rows = top, log_z
     else:
-        (x, q), w, top_, log_z_, unit = again(log_z, (logits, labels), weight, top, log_z)
-        label_cost = sum_(product(times(q.astype(dtype), w), log_z_ - centered(x, top_, cap, unit), unit))
+        label_cost = sum_(cost, log_z, (logits, labels, weight), rows)
     last = label_cost
 
     present = mean_weight = uniform = None
     if form.uniform:
-        x, unit = again(last, logits)
-        present = jnp.maximum(sum_(unmasked(x, unit)), 1)
-        x, w, top_, log_z_, unit = again(present, logits, weight, top, log_z)
-        cost = product(times(unmasked(x, unit), w), log_z_ - centered(x, top_, cap, unit), unit)
-        uniform = last = sum_(cost) / present
+
+        def uniform_cost(x, w, top, log_z, unit):
+            return product(times(unmasked(x, unit), w), log_z - centered(x, top, cap, unit), unit)
+
+        present = jnp.maximum(sum_(unmasked, last, (logits,), ()), 1)
+        uniform = last = sum_(uniform_cost, present, (logits, weight), rows) / present
         if weight is not None:
-            x, w, unit = again(last, logits, weight)
-            mean_weight = last = sum_(unmasked(x, unit) * w) / present
+            mean_weight = last = sum_(lambda x, w, unit: unmasked(x, unit) * w, last, (logits, weight), ()) / present
 
     out = Costs(label_cost, uniform, log_normalizer**2 if form.z else None)
     if form.stats:
-        x, top_, log_z_, unit = again(last, logits, top, log_z)
-        log_p = centered(x, top_, cap, unit) - log_z_
-        entropy = sum_(product(jnp.exp(log_p), -log_p, unit))
+
+        def entropy_term(x, top, log_z, unit):
+            log_p = centered(x, top, cap, unit) - log_z
+            return product(jnp.exp(log_p), -log_p, unit)
+
+        entropy = sum_(entropy_term, last, (logits,), rows)
         log_prob = -label_cost
         if not by_index(labels) and weight is not None:
-            (x, q), top_, log_z_, unit = again(entropy, (logits, labels), top, log_z)
-            log_prob = -sum_(product(q.astype(dtype), log_z_ - centered(x, top_, cap, unit), unit))
+            log_prob = -sum_(cost, entropy, (logits, labels, None), rows)
         prediction = _prediction(form, logits, first)
         out = out._replace(log_normalizer=log_normalizer, log_prob=log_prob, entropy=entropy, prediction=prediction)
     rows = top, log_z, log_normalizer, exp, label_cost, present, mean_weight
@@ -172,29 +181,35 @@ def costs_bwd(form, residuals, cotangents):
 
     last, total, others, other_weight = to_label, None, None, None
     if not by_index(labels):
-        q, w, _ = again(last, labels, weight)
-        last = total = sum_(times(q.astype(dtype), w))
-        (x, q), w, top_, unit = again(last, (logits, labels), weight, top)
-        last = others = sum_(times(q.astype(dtype), w) * below_max(x, top_, unit))
+
+        def below(q, x, w, top, unit):
+            return times(q.astype(dtype), w) * below_max(x, top, unit)
+
+        last = total = sum_(lambda q, w, unit: times(q.astype(dtype), w), last, (labels, weight), ())
+        last = others = sum_(below, last, (labels, logits, weight), (top,))
     if form.uniform and weight is not None:
-        x, w, top_, unit = again(last, logits, weight, top)
-        last = other_weight = sum_(unmasked(x, unit) * w * below_max(x, top_, unit)) / present
+
+        def weight_below(x, w, top, unit):
+            return unmasked(x, unit) * w * below_max(x, top, unit)
+
+        last = other_weight = sum_(weight_below, last, (logits, weight), (top,)) / present
     elif form.uniform:
         mean_weight, other_weight = jnp.ones_like(present), (present - 1) / present
 
-    rows = top, log_z, total, others, mean_weight, other_weight
-    (x, labels, exp), w, top, log_z, total, others, mean_weight, other_weight, unit = again(
-        last, (logits, labels, exp), weight, *rows
+    inverse = jnp.exp(-log_z)  # of the normalizer
+    scale, at_label = to_label * inverse, to_label * jnp.expm1(-label_cost)
+    rows = top, log_z, total, others, mean_weight, other_weight, inverse, scale, at_label
+    x, labels, exp, w, top, log_z, total, others, mean_weight, other_weight, inverse, scale, at_label, unit = again(
+        last, logits, labels, exp, weight, *rows
     )
     z, pull = jax.vjp(lambda x: centered(x, top, cap, unit), x)
     masked = x == -jnp.inf
     log_p = z - log_z
-    p = jnp.exp(log_p) if exp is None else exp * jnp.exp(-log_z)
+    p = jnp.exp(log_p) if exp is None else exp * inverse
     confident = log_p > jnp.log(2 / 3)
     if by_index(labels):
-        index = offset(jnp.expand_dims(labels, form.axis), first)
-        at_label = lax.broadcasted_iota(labels.dtype, x.shape, form.axis) == index
-        grad = to_label * jnp.where(at_label, jnp.expm1(-label_cost), p)
+        here = class_indices(x, form.axis) == offset(jnp.expand_dims(labels, form.axis), first)
+        grad = jnp.where(here, at_label, to_label * p if exp is None else scale * exp)
         grad_labels, per_class = None, 0
     else:
         q = labels.astype(dtype)
@@ -220,13 +235,29 @@ def costs_bwd(form, residuals, cotangents):
     return grad, grad_labels, grad_weight
 
 
+def _keeps_exp(form, logits, labels):
+    """Whether exp(x - m) can be kept for the backward pass in the place of the logits, and is all that it needs."""
+    plain = by_index(labels) and not form.uniform and form.logit_softcap is None
+    return plain and logits.dtype == compute_dtype(logits.dtype)
+
+
 def _costs_fwd(form, logits, labels, class_weight, keep, first):
-    rows, residuals = costs_fwd(form, logits, labels, class_weight, keep, first)
+    def forward(cpu, *inputs):
+        rows, residuals = costs_fwd(form._replace(room=cpu), *inputs)
+        return rows, residuals._replace(logits=residuals.exp, exp=None) if cpu else residuals
+
+    inputs = logits, labels, class_weight, keep, first
+    rows, residuals = on_cpu(forward, *inputs) if _keeps_exp(form, logits, labels) else forward(False, *inputs)
     return own(rows, form.shards, first), residuals
 
 
 def _costs_bwd(form, residuals, cotangents):
-    grads = costs_bwd(form, residuals, summed(Costs(*cotangents[:3]), form.shards))
+    def backward(cpu, residuals, cotangents):
+        return costs_bwd(form, residuals._replace(exp=residuals.logits) if cpu else residuals, cotangents)
+
+    operands = residuals, summed(Costs(*cotangents[:3]), form.shards)
+    keeps_exp = _keeps_exp(form, residuals.logits, residuals.labels)
+    grads = on_cpu(backward, *operands) if keeps_exp else backward(False, *operands)
     return *map(sharded_like, grads, residuals[:3]), None, None
 
 

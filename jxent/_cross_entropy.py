@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jxent import _checks
-from jxent._checks import AxisName
+from jxent._axis_names import AxisName, mesh_axes
 from jxent._costs import Form, costs
 from jxent._labels import by_index, report
 from jxent._reduce import Coefficients, counted, denominator, only, product_of, reduce, share_of, weigh, weight_of
@@ -115,9 +115,9 @@ def cross_entropy(
     axis = _checks.class_axis(name, "logits", logits, axis)
     labels = _checks.class_labels(name, "logits", logits, labels, axis)
     class_weight, sample_weight, where = _checks.weights(name, class_weight, sample_weight, where, logits, axis)
-    mesh_axes = _checks.mesh_axes(name, axis_name, batch_axis_name, reduction, ("logits", logits))
+    over = mesh_axes(name, axis_name, batch_axis_name, reduction, ("logits", logits))
     options, traced = options_of(
-        name, labels, ignore_index, label_smoothing, z_loss_weight, logit_softcap, reduction, return_stats, mesh_axes
+        name, labels, ignore_index, label_smoothing, z_loss_weight, logit_softcap, reduction, return_stats, over
     )
     return _cross_entropy(options, axis, logits, labels, class_weight, sample_weight, where, traced)
 
@@ -140,7 +140,7 @@ class Options(NamedTuple):
 
 
 def options_of(
-    name, labels, ignore_index, label_smoothing, z_loss_weight, logit_softcap, reduction, return_stats, mesh_axes
+    name, labels, ignore_index, label_smoothing, z_loss_weight, logit_softcap, reduction, return_stats, over
 ):
     """(`Options`, the scalars that are traced) of a call."""
     ignore_index = _checks.ignored_class(name, ignore_index, labels)
@@ -153,8 +153,8 @@ def options_of(
         logit_softcap=_checks.softcap(name, logit_softcap),
         reduction=_checks.reduction(name, reduction),
         return_stats=_checks.flag(name, "return_stats", return_stats),
-        shards=mesh_axes[0],
-        batch_axis_name=mesh_axes[1],
+        shards=over[0],
+        batch_axis_name=over[1],
     )
     return options, tuple(None if isinstance(value, float) else value for value in (smoothing, z_weight))
 

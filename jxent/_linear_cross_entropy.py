@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jxent import _checks
-from jxent._checks import AxisName
+from jxent._axis_names import AxisName, mesh_axes
 from jxent._cross_entropy import Stats, coefficients_of, options_of, stats_of
 from jxent._labels import by_index, report
 from jxent._linear_costs import linear_costs, linear_total
@@ -80,8 +80,9 @@ def linear_cross_entropy(
       block_size: how many positions are in flight at once, at most; under `jax.vmap`, of each example; where `jax.jit`
         shards the positions, on all devices together. The temporaries are ``block_size * vocab`` logits and as many
         gradients of logits; the answer does not depend on it. The default is a quarter of the positions, or as many
-        as have 64 MiB of float32 logits if that is less, but at least 256; on a GPU or TPU 1 GiB and 1024. Where arrays
-        are sharded it counts the positions and classes of a device; for `Auto` axes on a TPU those of all devices.
+        as have 64 MiB of float32 logits if that is less, but at least 256; on a GPU or TPU 1 GiB and 1024, or half as
+        much where the kernel has no gradient. Where arrays are sharded it counts the positions and classes of a device;
+        for `Auto` axes on a TPU those of all devices.
         A larger block makes larger matmuls and fewer updates of the kernel's gradient, a smaller one takes less memory.
       recompute: compute the gradients in the backward pass, for a fourth matmul, so that no gradient is kept between
         the two passes; ``reduction="none"`` always does.
@@ -121,13 +122,11 @@ def linear_cross_entropy(
     labels = _checks.class_labels(name, None, logits, labels, axis)
     bias = _checks.per_class(name, "bias", bias, classes)
     class_weight, sample_weight, where = _checks.weights(name, class_weight, sample_weight, where, logits, axis)
-    mesh_axes = _checks.mesh_axes(
-        name, axis_name, batch_axis_name, reduction, ("hidden", hidden), classes=("kernel", kernel)
-    )
+    over = mesh_axes(name, axis_name, batch_axis_name, reduction, ("hidden", hidden), classes=("kernel", kernel))
     options, traced = options_of(
-        name, labels, ignore_index, label_smoothing, z_loss_weight, logit_softcap, reduction, return_stats, mesh_axes
+        name, labels, ignore_index, label_smoothing, z_loss_weight, logit_softcap, reduction, return_stats, over
     )
-    form = options.form(axis)._replace(room=True)
+    form = options.form(axis)
     sweep = Sweep(
         form=form,
         vocab_axis=vocab_axis,

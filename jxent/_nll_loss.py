@@ -8,7 +8,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jxent import _checks
-from jxent._checks import AxisName
+from jxent._axis_names import AxisName, mesh_axes
 from jxent._labels import along, by_index, clipped, out_of_range, report, times
 from jxent._reduce import counted, denominator, only, product_of, reduce, share_of, weight_of, weighted
 from jxent._rows import again, class_sum, compute_dtype, label_logit, product
@@ -70,8 +70,8 @@ def nll_loss(
     class_weight, sample_weight, where = _checks.weights(name, class_weight, sample_weight, where, log_probs, axis)
     ignore_index = _checks.ignored_class(name, ignore_index, labels)
     reduction = _checks.reduction(name, reduction)
-    mesh_axes = _checks.mesh_axes(name, axis_name, batch_axis_name, reduction, ("log_probs", log_probs))
-    return _nll_loss(axis, ignore_index, reduction, mesh_axes, log_probs, labels, class_weight, sample_weight, where)
+    over = mesh_axes(name, axis_name, batch_axis_name, reduction, ("log_probs", log_probs))
+    return _nll_loss(axis, ignore_index, reduction, over, log_probs, labels, class_weight, sample_weight, where)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -115,9 +115,12 @@ def _cost_rows(layout, log_probs, labels, class_weight, first):
         cost = -label_logit(log_probs, index, axis, shards.axis_name).astype(compute_dtype(log_probs.dtype))
         return jnp.where(out_of_range(jnp.expand_dims(labels, axis), classes), jnp.nan, cost)
     dtype = compute_dtype(log_probs.dtype, labels.dtype)
-    (log_probs, labels), class_weight, unit = again(jnp.zeros((), dtype), (log_probs, labels), class_weight)
-    weight = times(labels.astype(dtype), along(class_weight, labels.ndim, axis, dtype))
-    return class_sum(product(weight, -log_probs.astype(dtype), unit), axis, shards.axis_name)
+    weight = along(class_weight, labels.ndim, axis, dtype)
+
+    def term(log_probs, q, w, unit):
+        return product(times(q.astype(dtype), w), -log_probs.astype(dtype), unit)
+
+    return class_sum(term, jnp.zeros((), dtype), (log_probs, labels, weight), (), (axis,), shards.axis_name)
 
 
 # d / d log_probs[j] is -1 at the label and 0 elsewhere, or -q[j] w[j]. A custom rule, because the transpose of a gather
@@ -127,7 +130,7 @@ def _costs_bwd(layout, residuals, cotangent):
     log_probs, labels, class_weight, keep, first = residuals
     cotangent = summed(cotangent, shards)
     dtype = cotangent.dtype
-    (log_probs, labels), class_weight, _ = again(cotangent, (log_probs, labels), class_weight)
+    log_probs, labels, class_weight, _ = again(cotangent, log_probs, labels, class_weight)
     grad_labels = grad_weight = None
     if by_index(labels):
         labels = jnp.expand_dims(labels, axis)

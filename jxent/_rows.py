@@ -15,14 +15,19 @@ feeds it, but
 
 - not with comparisons and selections: hence masks made of `minimum` and `maximum`;
 - not with a value of the logits' size that another pass uses too, be it the upcast logits, a broadcast row or a
-  broadcast constant: hence `again`, which gives each pass values of its own.
+  broadcast constant: hence `again`, which gives each pass values of its own,
+- not well over an axis of more than 2**15 classes, where it takes four times as long: hence sums in two steps.
+
+Where there is room for an array of the logits' size a CPU takes the exponentials once and keeps them, because they cost
+it more than memory; elsewhere each pass takes them anew. `on_cpu` tells the two apart when a program is lowered.
 
 A "row" array has the logits' shape with size 1 along the class axes. Where the classes are sharded over `axis_name`
 (`_shards`), each sum over classes and each maximum is one over the shards too: of row arrays, nothing larger.
 """
 
+import math
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,23 +60,76 @@ def _barrier_jvp(primals, tangents):
     return _barrier(*primals), tangents[0]
 
 
-def again(previous, logits, *rows):
-    """(`logits`, *`rows`, unit) for one more pass over the logits, which starts once `previous` is known.
+def on_cpu(function, *operands) -> Any:
+    """`function(cpu, *operands)`, with `cpu` True where it is lowered for a CPU and False elsewhere."""
+    return lax.platform_dependent(*operands, cpu=partial(function, True), default=partial(function, False))
 
-    `logits` is an array or several. `unit` is 1 in the dtype of `previous`, which is the one to compute in; the pass
-    takes its constants as multiples of it, to have them for itself.
+
+def again(previous, *arrays):
+    """(*`arrays`, unit) for one more pass over the logits, which starts once `previous` is known.
+
+    `unit` is 1 in the dtype of `previous`, which is the one to compute in; the pass takes its constants as multiples of
+    it, to have them for itself.
     """
     unit = jnp.ones((), previous.dtype)
-    logits, rows, unit, _ = barrier((logits, rows, unit, previous))
-    return logits, *rows, unit
+    arrays, unit, _ = barrier((arrays, unit, previous))
+    return *arrays, unit
 
 
-def class_sum(values, axis, axis_name=()):
-    """The sum over the class axes, a row array."""
-    row = total(jnp.sum(values, axis, keepdims=True), axis_name)
-    # Itself, but a selection: without one XLA:CPU fuses the sum forwards too, into what the next pass makes of it for
-    # each logit, and writes that.
+def _own(row):
+    """Itself, but a selection: without one XLA:CPU fuses a sum forwards too, into what the next pass makes of it."""
     return jnp.where(row == jnp.inf, jnp.inf, row)
+
+
+def class_sum(terms, previous, sized, rows, axis, axis_name=()):
+    """The sum over the class axes of `terms(*sized, *rows, unit)`, a row array: one pass, see `again`.
+
+    `sized` arrays have the class axes, all of them or (a weight for each class) only those; None stays None.
+    """
+    classes = _blockable(sized[0], axis)
+    number = blocks_in(classes) if classes > 2**15 else 1
+
+    def row(cpu, previous, sized, rows):
+        return jnp.sum(_partial_sums(number if cpu else 1, terms, previous, sized, rows, axis), axis, keepdims=True)
+
+    operands = previous, sized, rows
+    return _own(total(on_cpu(row, *operands) if number > 1 else row(False, *operands), axis_name))
+
+
+def _partial_sums(number, terms, previous, sized, rows, axis):
+    """The terms of `class_sum` added up within `number` blocks of the class axis, which becomes an axis of blocks."""
+    *arrays, unit = again(previous, *sized, *rows)
+    if number == 1:
+        return terms(*arrays, unit)
+    (axis,) = axis
+
+    def in_blocks(array):
+        if array is None:
+            return None
+        size = array.shape[axis]
+        blocks = (1, 1) if size == 1 else (number, size // number)
+        return array.reshape(*array.shape[:axis], *blocks, *array.shape[axis + 1 :])
+
+    return _own(jnp.sum(terms(*map(in_blocks, arrays), unit), axis + 1))
+
+
+def _blockable(logits, axis):
+    """How many classes there are in the one class axis; 0 if it cannot be cut into blocks."""
+    if len(axis) != 1 or not isinstance(logits.shape[axis[0]], int):
+        return 0
+    return logits.shape[axis[0]] if jax.typeof(logits).sharding.spec[axis[0]] is None else 0
+
+
+def blocks_in(classes):
+    """A divisor of the number of classes, not far from its square root; 1 if there is none.
+
+    It has the classes' factors of 2, up to 256 of them, so that shards of the classes hold whole blocks.
+    """
+    even = min(classes & -classes, 256)
+    rest = classes // even
+    divisors = [even * d for d in range(1, rest + 1) if rest % d == 0]
+    fit = [d for d in divisors if 1 < d <= classes // 16 and classes // d <= 2**15]
+    return min(fit, key=lambda d: abs(math.log(2 * d * d / classes)), default=1)
 
 
 # --- what a pass computes for each logit ------------------------------------------------------------------------------
@@ -135,6 +193,12 @@ def product(weight, cost, unit):
     return weight * finite + (4 * unit) * excess
 
 
+def class_indices(logits, axis):
+    """0, 1, 2, ... along the class axis and 1 along the others, from memory: faster than counting in each row."""
+    shape = [size if a == axis else 1 for a, size in enumerate(logits.shape)]
+    return barrier(lax.broadcasted_iota(jnp.int32, shape, axis))
+
+
 def label_logit(logits, labels, axis, axis_name=()):
     """The logit of each row's label. `labels` is a row array, counted from this shard's first class."""
     if not axis_name:
@@ -185,8 +249,8 @@ def normalizer(logits, label, axis, cap, dtype, room=False, axis_name=()):
     the logits' size the exponentials are taken once and kept; without they are taken anew in each pass.
     """
     # The maximum before the upcast, which the next pass would share.
-    top = largest(jnp.max(logits, axis, keepdims=True, initial=-jnp.inf if 0 in logits.shape else None), axis_name)
-    top = top.astype(dtype)
+    initial = -jnp.inf if 0 in logits.shape else None
+    top = largest(jnp.max(logits, axis, keepdims=True, initial=initial), axis_name).astype(dtype)
     empty = top == -jnp.inf
     top = jnp.where(empty, 0, top)
     unit = jnp.ones((), dtype)
@@ -195,31 +259,71 @@ def normalizer(logits, label, axis, cap, dtype, room=False, axis_name=()):
         index, logit = label
         d = centered(logit, top, cap, unit)
         if exp is not None:
-            exp = jnp.where(lax.broadcasted_iota(index.dtype, exp.shape, *axis) == index, 0, exp)
-            others = class_sum(exp, axis, axis_name)
+            exp = jnp.where(class_indices(exp, *axis) == index, 0, exp)
+            others = _own(total(jnp.sum(exp, axis, keepdims=True), axis_name))
         else:
-            x, top_, unit = again(d, logits, top)
-            kept = jnp.minimum(jnp.abs(lax.broadcasted_iota(dtype, x.shape, *axis) - index.astype(dtype)), unit)
-            others = class_sum(jnp.exp(centered(x, top_, cap, unit)) * kept, axis, axis_name)
+            others = _without_label(logits, top, d, index, cap, axis, axis_name)
         rest = others + jnp.expm1(d)
     else:
         if exp is not None:
-            all_terms = class_sum(exp, axis, axis_name)
-            exp_, unit = again(all_terms, exp)
-            # Where the sum is below 1.5, the maximum alone has an exponential of 1.
-            terms = exp_ * jnp.minimum((unit - exp_) * (_most(unit) / 4), unit)
+            all_terms = _own(total(jnp.sum(exp, axis, keepdims=True), axis_name))
+
+            def below_one(exp, unit):
+                # Where the sum is below 1.5, the maximum alone has an exponential of 1.
+                return exp * jnp.minimum((unit - exp) * (_most(unit) / 4), unit)
+
+            below = class_sum(below_one, all_terms, (exp,), (), axis, axis_name)
         else:
-            x, top_, unit = again(top, logits, top)
-            all_terms = class_sum(jnp.exp(centered(x, top_, cap, unit)), axis, axis_name)
-            x, top_, unit = again(all_terms, logits, top)
-            terms = jnp.exp(centered(x, top_, cap, unit)) * below_max(x, top_, unit)
+
+            def term(x, top, unit):
+                return jnp.exp(centered(x, top, cap, unit))
+
+            def below_top(x, top, unit):
+                return term(x, top, unit) * below_max(x, top, unit)
+
+            all_terms = class_sum(term, top, (logits,), (top,), axis, axis_name)
+            below = class_sum(below_top, all_terms, (logits,), (top,), axis, axis_name)
         # Where the sum is at least 1.5, 1 can be taken off it; where it is not, the maximum is unique.
-        rest = jnp.where(all_terms < 1.5, class_sum(terms, axis, axis_name), all_terms - 1)
+        rest = jnp.where(all_terms < 1.5, below, all_terms - 1)
     empty &= rest == rest  # a maximum over shards may pass over NaN
     log_z = jnp.log1p(jnp.where(empty, 0, rest))
     m = top if cap is None else cap * jnp.tanh(top / cap)
     log_normalizer = jnp.where(m == jnp.inf, jnp.inf, m + log_z)  # where log_z is NaN
     return Rows(top, log_z, jnp.where(empty, -jnp.inf, log_normalizer), exp)
+
+
+def _without_label(logits, top, previous, index, cap, axis, axis_name):
+    """The sum of exp(x - m) over all classes but the label's, without a cancellation.
+
+    A mask costs a CPU as much as the exponentials. So many classes it adds up in blocks, and the label's block anew.
+    """
+    (axis_,) = axis
+    classes = _blockable(logits, axis)
+    number = blocks_in(classes) if classes > (2**15 if logits.dtype.itemsize == 2 else 2**14) else 1
+
+    def term(x, top, unit):
+        return jnp.exp(centered(x, top, cap, unit))
+
+    def kept_term(x, top, index, unit):
+        distance = lax.broadcasted_iota(unit.dtype, x.shape, axis_) - index.astype(unit.dtype)
+        return term(x, top, unit) * jnp.minimum(jnp.abs(distance), unit)
+
+    def row(cpu, previous, logits, top, index):
+        if not cpu:
+            return class_sum(kept_term, previous, (logits,), (top, index), axis)
+        sums = _partial_sums(number, term, previous, (logits,), (top,), axis)
+        size = classes // number
+        block = index // size
+        near = block * size + lax.broadcasted_iota(
+            index.dtype, (*index.shape[:axis_], size, *index.shape[axis_ + 1 :]), axis_
+        )
+        terms = term(pick(logits, jnp.clip(near, 0, classes - 1), axis_), top, jnp.ones((), top.dtype))
+        anew = jnp.sum(jnp.where(near == index, 0, terms), axis_, keepdims=True)
+        here = lax.broadcasted_iota(index.dtype, sums.shape, axis_) == block
+        return jnp.sum(jnp.where(here, anew, sums), axis_, keepdims=True)
+
+    operands = previous, logits, top, index
+    return _own(total(on_cpu(row, *operands) if number > 1 else row(False, *operands), axis_name))
 
 
 @normalizer.defjvp

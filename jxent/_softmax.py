@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jxent import _checks
-from jxent._checks import AxisName
+from jxent._axis_names import AxisName, mesh_axis
 from jxent._rows import again, below_max, class_sum, compute_dtype, normalizer, unmasked
 from jxent._shards import cast, everywhere, first_class, own, shards_of, summed
 
@@ -122,8 +122,8 @@ def _arguments(function, logits, axis, where, axis_name):
     logits = _checks.floating(function, "logits", logits)
     where = _checks.mask(function, where, logits.shape, "the logits", "compare it (mask != 0)")
     axes = _checks.class_axes(function, logits, axis)
-    mesh_axes = _checks.mesh_axis(function, "axis_name", axis_name, "logits", logits)
-    return (axes, shards_of(mesh_axes)), logits, where
+    over_classes = mesh_axis(function, "axis_name", axis_name, "logits", logits)
+    return (axes, shards_of(over_classes)), logits, where
 
 
 @partial(jax.jit, static_argnums=(0, 1, 4))
@@ -139,9 +139,9 @@ def _normalizer(logits, layout):
     return normalizer(logits, None, axis, None, compute_dtype(logits.dtype), axis_name=shards.axis_name)
 
 
-def _sum(values, layout):
+def _sum(terms, previous, sized, rows, layout):
     axis, shards = layout
-    return class_sum(values, axis, shards.axis_name)
+    return class_sum(terms, previous, sized, rows, axis, shards.axis_name)
 
 
 def _log_p(logits, top, log_z):
@@ -191,15 +191,23 @@ def _softmax_fwd(layout, logits):
 
 def _softmax_bwd(layout, residuals, cotangent):
     logits, top, log_z = residuals
+    dtype = top.dtype
+
+    def at_top(x, top, unit):
+        return unit - below_max(x, top, unit)
+
+    def g_at_top(x, g, top, unit):
+        return at_top(x, top, unit) * g.astype(dtype)
+
+    def term(x, g, top, log_z, center, _):
+        return jnp.exp(_log_p(x, top, log_z)) * (g.astype(dtype) - center)
+
     both = logits, cotangent
-    x, top_, unit = again(log_z, logits, top)
-    count = _sum(unit - below_max(x, top_, unit), layout)
-    (x, g), top_, unit = again(count, both, top)
-    center = _sum((unit - below_max(x, top_, unit)) * g.astype(top.dtype), layout) / jnp.maximum(count, 1)
-    (x, g), top_, log_z_, center_, _ = again(center, both, top, log_z, center)
-    mean = _sum(jnp.exp(_log_p(x, top_, log_z_)) * (g.astype(top.dtype) - center_), layout)
-    (x, g), top_, log_z_, center_, mean, _ = again(mean, both, top, log_z, center, mean)
-    return ((jnp.exp(_log_p(x, top_, log_z_)) * ((g.astype(top.dtype) - center_) - mean)).astype(logits.dtype),)
+    count = _sum(at_top, log_z, (logits,), (top,), layout)
+    center = _sum(g_at_top, count, both, (top,), layout) / jnp.maximum(count, 1)
+    mean = _sum(term, center, both, (top, log_z, center), layout)
+    x, g, top, log_z, center, mean, _ = again(mean, *both, top, log_z, center, mean)
+    return ((jnp.exp(_log_p(x, top, log_z)) * ((g.astype(dtype) - center) - mean)).astype(logits.dtype),)
 
 
 _softmax.defvjp(_softmax_fwd, _softmax_bwd)
@@ -225,13 +233,17 @@ def _log_softmax_fwd(layout, logits):
 def _log_softmax_bwd(layout, residuals, cotangent):
     logits, top, log_z = residuals
     both, dtype = (logits, cotangent), top.dtype
-    (x, g), unit = again(log_z, both)
-    total = _sum(unmasked(x, unit) * g.astype(dtype), layout)
-    (x, g), top_, unit = again(total, both, top)
-    counted = unmasked(x, unit) * below_max(x, top_, unit)
-    others = _sum(counted * g.astype(dtype), layout)
-    (x, g), top_, log_z_, total, others, _ = again(others, both, top, log_z, total, others)
-    log_p, g = _log_p(x, top_, log_z_), g.astype(dtype)
+
+    def counted(x, g, unit):
+        return unmasked(x, unit) * g.astype(dtype)
+
+    def below(x, g, top, unit):
+        return unmasked(x, unit) * below_max(x, top, unit) * g.astype(dtype)
+
+    total = _sum(counted, log_z, both, (), layout)
+    others = _sum(below, total, both, (top,), layout)
+    x, g, top, log_z, total, others, _ = again(others, *both, top, log_z, total, others)
+    log_p, g = _log_p(x, top, log_z), g.astype(dtype)
     grad = jnp.where(log_p > jnp.log(2 / 3), -jnp.expm1(log_p) * total - others, g - jnp.exp(log_p) * total)
     return (jnp.where(x == -jnp.inf, 0, grad).astype(logits.dtype),)
 

@@ -17,7 +17,7 @@ from jax import lax
 from jxent._blocks import blocks_of, owned, put, take
 from jxent._costs import Form, costs_bwd, costs_fwd
 from jxent._reduce import only
-from jxent._rows import barrier, compute_dtype
+from jxent._rows import barrier, compute_dtype, on_cpu
 from jxent._shards import cast, varying
 
 
@@ -125,8 +125,9 @@ def _float16_scale(coefficients, class_weight):
     return jnp.where((largest > 0) & (largest < jnp.inf), largest, 1) / 2**12
 
 
-def default_block_size(positions, classes):
-    least, budget = (256, 64 * 2**20) if jax.default_backend() == "cpu" else (1024, 2**30)
+def default_block_size(cpu, wanted, positions, classes):
+    """Positions, by a budget for the float32 logits. Larger blocks read and write the kernel's gradient less often."""
+    least, budget = (256, 64 * 2**20) if cpu else (1024, 2**30) if "kernel" in wanted else (512, 2**29)
     return max(least, min(positions // 4, budget // (4 * classes)))
 
 
@@ -135,8 +136,13 @@ def swept(sweep, wanted, inputs, coefficients):
 
     Where the classes are sharded over `axis_name`, those of `hidden` are this shard's share.
     """
+    return on_cpu(partial(_swept, sweep, wanted), inputs, coefficients)
+
+
+def _swept(sweep, wanted, cpu, inputs, coefficients):
+    sweep = sweep._replace(form=sweep.form._replace(room=cpu))
     shape, classes = inputs.hidden.shape[:-1], inputs.kernel.shape[sweep.vocab_axis]
-    blocks = blocks_of(shape, sweep.block_size or default_block_size(math.prod(shape), classes))
+    blocks = blocks_of(shape, sweep.block_size or default_block_size(cpu, wanted, math.prod(shape), classes))
     operand = jnp.promote_types(inputs.hidden.dtype, inputs.kernel.dtype)
     scale = None
     if wanted and operand == jnp.float16:

@@ -85,6 +85,34 @@ def test_axis(kind, axis):
     chex.assert_trees_all_close(np.moveaxis(gradient, axis, -1), want_gradient, rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("axis", [-1, 0])
+@pytest.mark.parametrize("classes", [20000, 32771, 50257])
+def test_many_classes(classes, axis):
+    """So many that a CPU adds them up in blocks, but for 32771, which is prime; labels in the first and last block."""
+    rng = np.random.default_rng(classes)
+    logits = 3 * rng.normal(size=(5, classes))
+    labels = np.array([0, classes // 2, classes - 1, 7, -100])
+    logits[3, 7] = 60
+    q = rng.dirichlet(np.full(classes, 0.1), 5)
+    weight = rng.uniform(0.2, 2, classes)
+    everything = {"class_weight": weight, "label_smoothing": 0.1, "z_loss_weight": 0.01}
+    cases = [(labels, {}), (labels, everything), (q, {}), (q, everything)]
+
+    def losses(x):
+        given = [(t if t is labels else jnp.moveaxis(t, -1, axis), options) for t, options in cases]
+        return [jxent.cross_entropy(x, t, axis=axis, reduction="none", **options) for t, options in given]
+
+    moved = np.moveaxis(logits, -1, axis)
+    want = [oracle.cross_entropy(logits, t, reduction="none", **options) for t, options in cases]
+    chex.assert_trees_all_close(jax.jit(losses)(moved), want, rtol=1e-12)
+    log_p = np.moveaxis(np.asarray(jxent.log_softmax(moved, axis)), axis, -1)
+    np.testing.assert_allclose(log_p, oracle.log_softmax(logits), rtol=1e-12)
+    got = jax.jit(jax.grad(lambda x: jxent.cross_entropy(x, labels, axis=axis, reduction="sum")))(moved)
+    gradient = np.where(labels[:, None] == -100, 0, oracle.logit_gradient(logits, labels))
+    np.testing.assert_allclose(np.moveaxis(np.asarray(got), axis, -1), gradient, rtol=1e-12, atol=1e-300)
+
+
 def test_unbatched():
     logits, labels, _ = data("index", np.float32)
     value = jxent.cross_entropy(logits[0, 0], labels[0, 0])

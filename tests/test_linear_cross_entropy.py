@@ -485,21 +485,24 @@ def test_gradients_of_a_mean_are_rounded_once():
 
 
 @pytest.mark.parametrize(
-    ("backend", "positions", "vocab", "blocks"),
+    ("platform", "wrt", "positions", "vocab", "blocks"),
     [
-        ("cpu", 512, 50, 2),  # at least 256 positions
-        ("cpu", 4096, 50, 4),  # a quarter of them
-        ("cpu", 16384, 65536, 64),  # 64 MiB of logits
-        ("tpu", 2048, 50, 2),  # at least 1024 positions
-        ("gpu", 65536, 65536, 16),  # 1 GiB of logits
+        ("cpu", 1, 512, 50, 2),  # at least 256 positions
+        ("cpu", 1, 4096, 50, 4),  # a quarter of them
+        ("cpu", 0, 16384, 65536, 64),  # 64 MiB of logits
+        ("tpu", 1, 2048, 50, 2),  # at least 1024 positions
+        ("cuda", 1, 65536, 65536, 16),  # 1 GiB of logits
+        ("tpu", 0, 2048, 50, 4),  # with a frozen kernel at least 512
+        ("cuda", 0, 65536, 65536, 32),  # and 512 MiB
     ],
 )
-def test_default_block_size(monkeypatch, backend, positions, vocab, blocks):
-    """As the docstring has it; the blocks are the iterations of the loop."""
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+def test_default_block_size(platform, wrt, positions, vocab, blocks):
+    """As the docstring has it, for where the program is to run, and not for where it is traced."""
+    step = jax.jit(jax.grad(jxent.linear_cross_entropy, wrt))
     shapes = ((positions, 2), jnp.float32), ((2, vocab), jnp.float32), ((positions,), jnp.int32)
-    text = str(jax.make_jaxpr(jxent.linear_cross_entropy)(*(jax.ShapeDtypeStruct(*shape) for shape in shapes)))
-    assert f"length={blocks}\n" in text
+    lowered = step.trace(*(jax.ShapeDtypeStruct(*shape) for shape in shapes)).lower(lowering_platforms=(platform,))
+    found = re.findall(rf"-> tensor<(\d+)x{vocab}xf32>", lowered.as_text())
+    assert set(map(int, found)) - {2} == {positions // blocks}  # 2 features: the kernel's gradient
 
 
 # --- transformations --------------------------------------------------------------------------------------------------
