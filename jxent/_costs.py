@@ -20,17 +20,15 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jxent._labels import along, by_index, clipped, out_of_range, times
+from jxent._passes import again, class_sum, on_cpu
 from jxent._reduce import only
 from jxent._rows import (
-    again,
     below_max,
     centered,
     class_indices,
-    class_sum,
     compute_dtype,
     label_logit,
     normalizer,
-    on_cpu,
     pick,
     product,
     unmasked,

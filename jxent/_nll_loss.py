@@ -10,8 +10,9 @@ from jaxtyping import Array, Bool, Float, Int
 from jxent import _checks
 from jxent._axis_names import AxisName, mesh_axes
 from jxent._labels import along, by_index, clipped, out_of_range, report, times
+from jxent._passes import again, class_sum
 from jxent._reduce import counted, denominator, only, product_of, reduce, share_of, weight_of, weighted
-from jxent._rows import again, class_sum, compute_dtype, label_logit, product
+from jxent._rows import compute_dtype, label_logit, product
 from jxent._shards import alike, along_positions, first_class, offset, own, sharded_like, summed
 
 

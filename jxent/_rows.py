@@ -10,126 +10,28 @@ With the row maximum m = max x and r = sum of exp(x[j] - m) over every class but
 out instead of the maximum's, with d = x[label] - m: log_z = log1p(sum over j != label of exp(x[j] - m) + expm1(d)).
 
 Everything is computed in float32 (float64 for float64 logits), and no array of the logits' size is written, unless
-the caller has room for it. The second half is a matter of spelling. XLA:CPU fuses a reduction with the arithmetic that
-feeds it, but
-
-- not with comparisons and selections: hence masks made of `minimum` and `maximum`;
-- not with a value of the logits' size that another pass uses too, be it the upcast logits, a broadcast row or a
-  broadcast constant: hence `again`, which gives each pass values of its own,
-- not well over an axis of more than 2**15 classes, where it takes four times as long: hence sums in two steps.
-
-Where there is room for an array of the logits' size a CPU takes the exponentials once and keeps them, because they cost
-it more than memory; elsewhere each pass takes them anew. `on_cpu` tells the two apart when a program is lowered.
+the caller has room for it: then a CPU takes the exponentials once and keeps them, because they cost it more than
+memory; elsewhere each pass takes them anew (`_passes`).
 
 A "row" array has the logits' shape with size 1 along the class axes. Where the classes are sharded over `axis_name`
 (`_shards`), each sum over classes and each maximum is one over the shards too: of row arrays, nothing larger.
 """
 
-import math
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import PartitionSpec
 
-from jxent._shards import by_compiler, largest, total, varying
+from jxent._passes import barrier, blockable, blocks_in, class_sum, on_cpu, own_sum, partial_sums
+from jxent._shards import by_compiler, largest, total
 
 
 def compute_dtype(*dtypes):
     """At least float32, and float64 if any of `dtypes` is."""
     return jnp.promote_types(jnp.result_type(*dtypes), jnp.float32)
-
-
-def barrier(values):
-    """`lax.optimization_barrier`, but none to tangents, which JAX 0.12 cannot always transpose.
-
-    Except inside a `shard_map` that checks replication, where a barrier makes values vary, and tangents must follow.
-    """
-    return (lax.optimization_barrier if any(map(varying, jax.tree.leaves(values))) else _barrier)(values)
-
-
-@jax.custom_jvp
-def _barrier(values):
-    return lax.optimization_barrier(values)
-
-
-@_barrier.defjvp
-def _barrier_jvp(primals, tangents):
-    return _barrier(*primals), tangents[0]
-
-
-def on_cpu(function, *operands) -> Any:
-    """`function(cpu, *operands)`, with `cpu` True where it is lowered for a CPU and False elsewhere."""
-    return lax.platform_dependent(*operands, cpu=partial(function, True), default=partial(function, False))
-
-
-def again(previous, *arrays):
-    """(*`arrays`, unit) for one more pass over the logits, which starts once `previous` is known.
-
-    `unit` is 1 in the dtype of `previous`, which is the one to compute in; the pass takes its constants as multiples of
-    it, to have them for itself.
-    """
-    unit = jnp.ones((), previous.dtype)
-    arrays, unit, _ = barrier((arrays, unit, previous))
-    return *arrays, unit
-
-
-def _own(row):
-    """Itself, but a selection: without one XLA:CPU fuses a sum forwards too, into what the next pass makes of it."""
-    return jnp.where(row == jnp.inf, jnp.inf, row)
-
-
-def class_sum(terms, previous, sized, rows, axis, axis_name=()):
-    """The sum over the class axes of `terms(*sized, *rows, unit)`, a row array: one pass, see `again`.
-
-    `sized` arrays have the class axes, all of them or (a weight for each class) only those; None stays None.
-    """
-    classes = _blockable(sized[0], axis)
-    number = blocks_in(classes) if classes > 2**15 else 1
-
-    def row(cpu, previous, sized, rows):
-        return jnp.sum(_partial_sums(number if cpu else 1, terms, previous, sized, rows, axis), axis, keepdims=True)
-
-    operands = previous, sized, rows
-    return _own(total(on_cpu(row, *operands) if number > 1 else row(False, *operands), axis_name))
-
-
-def _partial_sums(number, terms, previous, sized, rows, axis):
-    """The terms of `class_sum` added up within `number` blocks of the class axis, which becomes an axis of blocks."""
-    *arrays, unit = again(previous, *sized, *rows)
-    if number == 1:
-        return terms(*arrays, unit)
-    (axis,) = axis
-
-    def in_blocks(array):
-        if array is None:
-            return None
-        size = array.shape[axis]
-        blocks = (1, 1) if size == 1 else (number, size // number)
-        return array.reshape(*array.shape[:axis], *blocks, *array.shape[axis + 1 :])
-
-    return _own(jnp.sum(terms(*map(in_blocks, arrays), unit), axis + 1))
-
-
-def _blockable(logits, axis):
-    """How many classes there are in the one class axis; 0 if it cannot be cut into blocks."""
-    if len(axis) != 1 or not isinstance(logits.shape[axis[0]], int):
-        return 0
-    return logits.shape[axis[0]] if jax.typeof(logits).sharding.spec[axis[0]] is None else 0
-
-
-def blocks_in(classes):
-    """A divisor of the number of classes, not far from its square root; 1 if there is none.
-
-    It has the classes' factors of 2, up to 256 of them, so that shards of the classes hold whole blocks.
-    """
-    even = min(classes & -classes, 256)
-    rest = classes // even
-    divisors = [even * d for d in range(1, rest + 1) if rest % d == 0]
-    fit = [d for d in divisors if 1 < d <= classes // 16 and classes // d <= 2**15]
-    return min(fit, key=lambda d: abs(math.log(2 * d * d / classes)), default=1)
 
 
 # --- what a pass computes for each logit ------------------------------------------------------------------------------
@@ -260,13 +162,13 @@ def normalizer(logits, label, axis, cap, dtype, room=False, axis_name=()):
         d = centered(logit, top, cap, unit)
         if exp is not None:
             exp = jnp.where(class_indices(exp, *axis) == index, 0, exp)
-            others = _own(total(jnp.sum(exp, axis, keepdims=True), axis_name))
+            others = own_sum(total(jnp.sum(exp, axis, keepdims=True), axis_name))
         else:
             others = _without_label(logits, top, d, index, cap, axis, axis_name)
         rest = others + jnp.expm1(d)
     else:
         if exp is not None:
-            all_terms = _own(total(jnp.sum(exp, axis, keepdims=True), axis_name))
+            all_terms = own_sum(total(jnp.sum(exp, axis, keepdims=True), axis_name))
 
             def below_one(exp, unit):
                 # Where the sum is below 1.5, the maximum alone has an exponential of 1.
@@ -298,7 +200,7 @@ def _without_label(logits, top, previous, index, cap, axis, axis_name):
     A mask costs a CPU as much as the exponentials. So many classes it adds up in blocks, and the label's block anew.
     """
     (axis_,) = axis
-    classes = _blockable(logits, axis)
+    classes = blockable(logits, axis)
     number = blocks_in(classes) if classes > (2**15 if logits.dtype.itemsize == 2 else 2**14) else 1
 
     def term(x, top, unit):
@@ -311,7 +213,7 @@ def _without_label(logits, top, previous, index, cap, axis, axis_name):
     def row(cpu, previous, logits, top, index):
         if not cpu:
             return class_sum(kept_term, previous, (logits,), (top, index), axis)
-        sums = _partial_sums(number, term, previous, (logits,), (top,), axis)
+        sums = partial_sums(number, term, previous, (logits,), (top,), axis)
         size = classes // number
         block = index // size
         near = block * size + lax.broadcasted_iota(
@@ -323,7 +225,7 @@ def _without_label(logits, top, previous, index, cap, axis, axis_name):
         return jnp.sum(jnp.where(here, anew, sums), axis_, keepdims=True)
 
     operands = previous, logits, top, index
-    return _own(total(on_cpu(row, *operands) if number > 1 else row(False, *operands), axis_name))
+    return own_sum(total(on_cpu(row, *operands) if number > 1 else row(False, *operands), axis_name))
 
 
 @normalizer.defjvp

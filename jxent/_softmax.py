@@ -12,7 +12,8 @@ from jaxtyping import Array, Bool, Float
 
 from jxent import _checks
 from jxent._axis_names import AxisName, mesh_axis
-from jxent._rows import again, below_max, class_sum, compute_dtype, normalizer, unmasked
+from jxent._passes import again, class_sum
+from jxent._rows import below_max, compute_dtype, normalizer, unmasked
 from jxent._shards import cast, everywhere, first_class, own, shards_of, summed
 
 Axis = int | tuple[int, ...] | None

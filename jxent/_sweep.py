@@ -16,8 +16,9 @@ from jax import lax
 
 from jxent._blocks import blocks_of, owned, put, take
 from jxent._costs import Form, costs_bwd, costs_fwd
+from jxent._passes import barrier, on_cpu
 from jxent._reduce import only
-from jxent._rows import barrier, compute_dtype, on_cpu
+from jxent._rows import compute_dtype
 from jxent._shards import cast, varying
 
 

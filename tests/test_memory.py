@@ -72,12 +72,12 @@ def temporaries(function, *args):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", LOSSES)
 def test_losses(name, shape, dtype):
-    """Forward: at most 2% of the logits' bytes. With gradients: no array of the logits' size but the gradient."""
+    """Forward: at most 2% of the logits' bytes. With gradients: 3%, and the index of each class, in memory."""
     args, size = arguments(shape, dtype)
     loss = LOSSES[name]
     assert temporaries(loss, *args) <= 0.02 * size
     has_aux = name.endswith(("stats", "everything"))
-    assert temporaries(jax.value_and_grad(loss, has_aux=has_aux), *args) <= 0.035 * size
+    assert temporaries(jax.value_and_grad(loss, has_aux=has_aux), *args) <= 0.03 * size + 4 * shape[1]
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
