@@ -194,14 +194,16 @@ def positive(function, name, value):
 def matmul_precision(function, value):
     """What `jax.lax.dot_general` takes for its precision, checked by asking it."""
     value = tuple(value) if isinstance(value, list) else value
+    wrong = (
+        f'{function}: precision must be None, a string such as "highest", a jax.lax.Precision, a pair of these, or '
+        f"a dot algorithm, as for jax.lax.dot_general, got {shown(value)}"
+    )
+    if isinstance(value, jax.Array):  # which JAX would compare, and fail in other ways
+        raise TypeError(wrong)
     try:
         jax.eval_shape(lambda a: jax.lax.dot(a, a, precision=value), jax.ShapeDtypeStruct((1, 1), jnp.float32))
     except (TypeError, ValueError) as error:
-        kind = ValueError if isinstance(value, str | tuple) else TypeError
-        raise kind(
-            f'{function}: precision must be None, a string such as "highest", a jax.lax.Precision, a pair of these, or '
-            f"a dot algorithm, as for jax.lax.dot_general, got {shown(value)}"
-        ) from error
+        raise (ValueError if isinstance(value, str | tuple) else TypeError)(wrong) from error
     return value
 
 

@@ -10,7 +10,8 @@ from jaxtyping import Array, Bool, Float, Int
 from jxent import _checks
 from jxent._axis_names import AxisName, mesh_axes
 from jxent._costs import Form, costs
-from jxent._labels import by_index, report
+from jxent._debug import report_labels, report_values
+from jxent._labels import by_index
 from jxent._reduce import Coefficients, counted, denominator, only, product_of, reduce, share_of, weigh, weight_of
 from jxent._shards import Shards, alike, along_positions, first_class, sharded_like
 
@@ -192,11 +193,12 @@ def _cross_entropy(options, axis, logits, labels, class_weight, sample_weight, w
     keep = counted(labels, where, options.ignore_index, shape, placed)
     if by_index(labels):
         labels = only(keep, labels)  # 0 where ignored: in range
-        report("cross_entropy", labels, logits.shape[axis] * options.shards.number)
+        report_labels("cross_entropy", labels, logits.shape[axis] * options.shards.number)
     first = first_class(options.shards, logits.shape[axis])
     in_sums = class_weight if form.uniform or not by_index(labels) else None
     in_sums = sharded_like(in_sums, logits, [axis])
     row_keep = None if keep is None else jnp.expand_dims(keep, axis)
+    report_values("cross_entropy", row_keep, masked=("logits",), logits=logits, labels=labels)
     each, (x, in_sums), (row_keep,) = alike(options.shards, labels, (logits, in_sums), (row_keep,))
     rows = costs(form, x, each, in_sums, row_keep, first)
     rows = jax.tree.map(lambda row: only(keep, jnp.squeeze(row, axis)), rows)

@@ -5,8 +5,6 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.experimental import checkify
-from jax.sharding import AxisType
 from jaxtyping import Int
 
 from jxent import _checks
@@ -81,17 +79,3 @@ def along(class_weight, ndim, axis, dtype):
 
 def times(values, weight):
     return values if weight is None else values * weight
-
-
-def report(function, labels, classes):
-    """Under `jax.experimental.checkify`, an error that names a label out of range; otherwise nothing."""
-    if AxisType.Explicit in jax.typeof(labels).sharding.mesh.axis_types:
-        return  # there a check cannot be vmapped: JAX sorts the errors of all examples
-    bad = out_of_range(labels, classes)
-    least = jnp.iinfo(labels.dtype).min
-    checkify.debug_check(
-        ~jnp.any(bad),
-        f"{function}: label {{label}} is out of range for {classes} classes; labels must be in [0, {classes}) or equal "
-        "ignore_index",
-        label=jnp.max(jnp.where(bad, labels, least), initial=least),
-    )

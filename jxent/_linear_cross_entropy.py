@@ -10,7 +10,8 @@ from jaxtyping import Array, Bool, Float, Int
 from jxent import _checks
 from jxent._axis_names import AxisName, mesh_axes
 from jxent._cross_entropy import Stats, coefficients_of, options_of, stats_of
-from jxent._labels import by_index, report
+from jxent._debug import report_labels, report_values
+from jxent._labels import by_index
 from jxent._linear_costs import linear_costs, linear_total
 from jxent._reduce import Coefficients, counted, denominator, only, reduce, share_of, weigh, weight_of
 from jxent._rows import compute_dtype
@@ -148,7 +149,10 @@ def _linear_cross_entropy(options, sweep, recompute, inputs, class_weight, sampl
     keep = counted(labels, where, options.ignore_index, shape, placed)
     if by_index(labels):
         labels = only(keep, labels)  # 0 where ignored: in range
-        report("linear_cross_entropy", labels, classes * options.shards.number)
+        report_labels("linear_cross_entropy", labels, classes * options.shards.number)
+    row_keep = None if keep is None else keep[..., None]
+    report_values("linear_cross_entropy", row_keep, hidden=hidden, labels=labels)
+    report_values("linear_cross_entropy", None, masked=("bias",), kernel=inputs.kernel, bias=inputs.bias)
     first = first_class(options.shards, classes)
     inputs = inputs._replace(labels=labels, keep=keep, first=first)
 

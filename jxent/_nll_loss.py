@@ -9,7 +9,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jxent import _checks
 from jxent._axis_names import AxisName, mesh_axes
-from jxent._labels import along, by_index, clipped, out_of_range, report, times
+from jxent._debug import report_labels, report_values
+from jxent._labels import along, by_index, clipped, out_of_range, times
 from jxent._passes import again, class_sum
 from jxent._reduce import counted, denominator, only, product_of, reduce, share_of, weight_of, weighted
 from jxent._rows import compute_dtype, label_logit, product
@@ -84,10 +85,11 @@ def _nll_loss(axis, ignore_index, reduction, mesh_axes, log_probs, labels, class
     keep = counted(labels, where, ignore_index, shape, placed)
     if by_index(labels):
         labels = only(keep, labels)  # 0 where ignored: in range
-        report("nll_loss", labels, log_probs.shape[axis] * shards.number)
+        report_labels("nll_loss", labels, log_probs.shape[axis] * shards.number)
     first = first_class(shards, log_probs.shape[axis])
     in_sums = None if by_index(labels) else sharded_like(class_weight, log_probs, [axis])
     row_keep = None if keep is None else jnp.expand_dims(keep, axis)
+    report_values("nll_loss", row_keep, masked=("log_probs",), log_probs=log_probs, labels=labels)
     each, (log_p, in_sums), (row_keep,) = alike(shards, labels, (log_probs, in_sums), (row_keep,))
     costs = _costs((axis, shards), log_p, each, in_sums, row_keep, first)
     label_weight = weight_of(labels, class_weight, keep, shards, first)

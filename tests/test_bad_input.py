@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import checkify
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import jxent
 
@@ -451,10 +453,16 @@ def batched(arrays):
     return jax.tree.map(lambda a: jnp.broadcast_to(a, (2, *a.shape)), arrays)
 
 
+def in_shard_map(call):
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
+    return jax.shard_map(call, mesh=mesh, in_specs=P(), out_specs=P())
+
+
 TRANSFORMED = {
     "eager": lambda call, arrays: call(arrays),
     "jit": lambda call, arrays: jax.jit(call)(arrays),
     "vmap": lambda call, arrays: jax.vmap(call, axis_size=2)(batched(arrays)),
+    "shard_map": lambda call, arrays: in_shard_map(call)(arrays),
     "eval_shape": lambda call, arrays: jax.eval_shape(call, arrays),
 }
 
@@ -725,7 +733,8 @@ CHECKED = {
 
 
 def assert_names_label(error, function, label):
-    with pytest.raises(checkify.JaxRuntimeError, match=rf"^{function}: label {label} is out of range for {C} classes"):
+    said = rf"^{function}: label {label} is out of range for {C} classes, at \[({BAD})?\]"
+    with pytest.raises(checkify.JaxRuntimeError, match=said):
         error.throw()
 
 
@@ -784,9 +793,44 @@ def test_checkify_leaves_excluded_labels_alone(function):
     assert checked(summed_loss(function))(LOGITS[:0], LABELS[:0])[0].get() is None
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("function", [*LOSSES, LINEAR])
+def test_checkify_names_a_value_that_is_not_finite(function, value):
+    """And where it is, unless the position does not count; -inf in logits masks a class."""
+    name = {**LOSSES, LINEAR: "hidden"}[function]
+    scores = LOGITS.copy()
+    scores[BAD, 3] = value
+    for how in ("eager", "jit-of-grad", "vmap"):
+        run = CHECKED[how](summed_loss(function))
+        error, _ = run(scores, jnp.asarray(LABELS))
+        if value == -np.inf and function != LINEAR:
+            assert error.get() is None
+        else:
+            index = r"\[3\]" if how == "vmap" else rf"\[{BAD} 3\]"
+            with pytest.raises(checkify.JaxRuntimeError, match=rf"^{function}: {name} has {value} at {index}"):
+                error.throw()
+    run = checked(summed_loss(function, where=jnp.arange(N) != BAD))
+    assert run(scores, jnp.asarray(LABELS))[0].get() is None
+
+
+@pytest.mark.parametrize("name", ["kernel", "bias"])
+def test_checkify_names_parameters_that_are_not_finite(name):
+    arrays = {**good(LINEAR), "bias": floats(C)}
+    arrays[name] = arrays[name].at[..., 4].set(jnp.nan)
+    index = r"\[0 4\]" if name == "kernel" else r"\[4\]"
+    error, _ = checked(jxent.linear_cross_entropy)(**arrays)
+    with pytest.raises(checkify.JaxRuntimeError, match=rf"^{LINEAR}: {name} has nan at {index}"):
+        error.throw()
+    if name == "bias":  # it masks a class
+        assert checked(jxent.linear_cross_entropy)(**arrays | {"bias": floats(C).at[4].set(-jnp.inf)})[0].get() is None
+
+
 @pytest.mark.parametrize("function", [*LOSSES, LINEAR])
 def test_checkify_leaves_probabilities_alone(function):
     assert checked(summed_loss(function))(LOGITS, PROBABILITIES)[0].get() is None
+    bad = np.where(np.eye(N, C, 2) > 0, np.nan, PROBABILITIES)
+    with pytest.raises(checkify.JaxRuntimeError, match=rf"^{function}: labels has nan at \[0 2\]"):
+        checked(summed_loss(function))(LOGITS, bad)[0].throw()
 
 
 @pytest.mark.parametrize("function", [*LOSSES, LINEAR])
