@@ -347,7 +347,7 @@ def test_bfloat16(many_positions):
         assert grad.dtype == jnp.bfloat16
         assert abs(loss - want) / want < 1e-5
         errors.append(np.linalg.norm(np.asarray(grad, np.float64) - want_grad) / np.linalg.norm(want_grad))
-    # Rounding to bfloat16 (2**-9 at most, uniformly distributed) is nearly all of it, whatever the block.
+    # Rounding to bfloat16 (2**-8 at most, uniformly distributed) is nearly all of it, whatever the block.
     assert errors[1] <= 1.02 * errors[0] < 0.01
 
 

@@ -1,0 +1,128 @@
+"""Random calls of the losses against their definitions: how many, and the worst error of each quantity.
+
+    pip install -e ".[test]"
+    python benchmarks/fuzz.py                     # a million cases, about an hour on two cores
+    python benchmarks/fuzz.py --smoke             # some seconds
+    python benchmarks/fuzz.py --seed 7 --programs 20
+
+Each program is a random `Config` of tests/fuzz.py: function, shapes, dtypes, options. It gets many cases of random
+values, some of them hostile. float16, bfloat16 and float32 are judged in float64, and a few cases of every program with
+50 digits; float64 with 50 digits alone. Prints the worst errors in Markdown, as relative errors and as fractions of
+what is promised, and whatever exceeds it, with the configuration and the seed; writes a JSON record; exits with 1 if
+anything does.
+"""
+
+import argparse
+import collections
+import json
+import pathlib
+import sys
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests"))
+import fuzz
+
+jax.config.update("jax_platforms", "cpu")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def random_config(rng):
+    """One of the many; half of the programs are in float32."""
+
+    def flag():
+        return bool(rng.integers(2))
+
+    def one_of(*values):
+        return values[rng.integers(len(values))]
+
+    function = one_of("cross_entropy", "cross_entropy", "linear_cross_entropy", "nll_loss")
+    linear, nll = function == "linear_cross_entropy", function == "nll_loss"
+    probabilities = flag()
+    return fuzz.Config(
+        function=function,
+        positions=one_of((1,), (4,), (7,), (2, 3)),
+        classes=one_of(1, 2, 3, 5, 10, 33, 100),
+        features=one_of(1, 3, 8),
+        axis=one_of(-1, 0) if linear else one_of(-1, 0, 1),
+        dtype=one_of("float32", "float32", "float32", *DTYPES[1:]),
+        probabilities=probabilities,
+        class_weight=flag(),
+        sample_weight=flag(),
+        where=flag(),
+        ignored=not probabilities and flag(),
+        label_smoothing=0.0 if nll else one_of(0.0, 0.1, 1.0),
+        z_loss_weight=0.0 if nll else one_of(0.0, 1e-3),
+        logit_softcap=None if nll else one_of(None, None, 30.0, 5.0),
+        traced=flag(),
+        bias=linear and flag(),
+        block_size=one_of(None, 1, 3) if linear else None,
+        recompute=linear and flag(),
+        reduction=one_of("mean", "sum", "none"),
+    )
+
+
+def judged(config, seed, cases):
+    """[(number of cases, name -> fraction of the bound)]: in float64 arithmetic, and with 50 digits for some."""
+    few = max(1, min(cases, 300 // (config.number * config.classes)))
+    found = []
+    for number, arithmetic in ((cases, fuzz.Float64), (few, fuzz.Digits)):
+        if arithmetic is fuzz.Digits or config.dtype != "float64":
+            values = fuzz.draw(config, np.random.default_rng(seed), number)
+            want = fuzz.expected(config, values, arithmetic)
+            found.append((number, fuzz.judge(config, values, fuzz.run(config, values), want)))
+    return found
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--programs", type=int, default=1500)
+    parser.add_argument("--cases", type=int, default=1000, help="of each program")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--smoke", action="store_true", help="6 programs of 20 cases")
+    parser.add_argument("--out", type=pathlib.Path, help="JSON file to write")
+    args = parser.parse_args()
+    programs, cases = (6, 20) if args.smoke else (args.programs, args.cases)
+    rng = np.random.default_rng(args.seed)
+    total, failures = 0, []
+    worst = collections.defaultdict(float)  # (function, dtype, quantity) -> relative error, and fraction of the bound
+    by_option = collections.defaultdict(float)
+    for number in tqdm(range(programs), unit="program", disable=None):
+        config, seed = random_config(rng), int(rng.integers(2**32))
+        for count, fractions in judged(config, seed, cases):
+            total += count
+            for name, fraction in fractions.items():
+                key = (config.function, config.dtype, name)
+                worst[key] = max(worst[key], fraction * fuzz.bound(config, name))
+                for option, value in config._asdict().items():
+                    if value not in (False, None, 0.0) and option not in ("function", "dtype", "axis", "features"):
+                        option_key = f"{option}={value}" if not isinstance(value, bool) else option
+                        by_option[option_key] = max(by_option[option_key], fraction)
+                if fraction > 1:
+                    failures.append({"config": config._asdict(), "seed": seed, "cases": count, name: fraction})
+                    print(failures[-1], flush=True)
+        if number % 50 == 49:
+            jax.clear_caches()
+
+    print(f"{total:,} cases of {programs:,} programs, seed {args.seed}; JAX {jax.__version__}\n")
+    functions = sorted({key[0] for key in worst})
+    print(f"| function, quantity | {' | '.join(DTYPES)} |\n|---|{'---:|' * len(DTYPES)}")
+    for function in functions:
+        for name in dict.fromkeys(key[2] for key in worst if key[0] == function):
+            cells = [worst.get((function, dtype, name)) for dtype in DTYPES]
+            print(f"| `{function}`: {name} | " + " | ".join("" if c is None else f"{c:.1e}" for c in cells) + " |")
+    print("\n| option | worst error, of what is promised |\n|---|---:|")
+    for option, fraction in sorted(by_option.items()):
+        print(f"| {option} | {fraction:.2f} |")
+    print(f"\n{len(failures)} above what is promised")
+    if args.out:
+        record = {"jax": jax.__version__, "programs": programs, "cases": total, "seed": args.seed, "failures": failures}
+        record["worst"] = [[*key, value] for key, value in worst.items()]
+        args.out.write_text(json.dumps(record | {"options": by_option}, indent=1))
+    sys.exit(bool(failures))
+
+
+if __name__ == "__main__":
+    main()

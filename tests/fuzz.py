@@ -1,0 +1,411 @@
+"""Random calls of the losses, judged in float64 or with 50 digits: for test_properties.py and benchmarks/fuzz.py.
+
+A `Config` is what a compiled program is made for: function, shapes, dtypes, options. `draw` fills it with values, some
+of them hostile; `run` takes the loss, the statistics and every gradient; `expected` has the same from the definitions;
+`judge` compares. Cases come in batches, one leading axis (`jax.vmap`), so that a program serves many.
+
+An error is relative to the sum of the magnitudes of the terms that make a quantity up, in the better of its two forms:
+V p[j] - a[j] or V (p[j] - 1) + sum over k != j of a[k], where V is the sum of the label weights a. So nothing is asked
+of digits that cancel in every form, and full relative precision wherever one form does not cancel.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import mpmath
+import numpy as np
+from jax.sharding import reshard
+
+import jxent
+
+STATS = ("log_prob", "log_normalizer", "entropy")
+
+
+class Config(NamedTuple):
+    function: str = "cross_entropy"  # or linear_cross_entropy, nll_loss
+    positions: tuple[int, ...] = (4,)
+    classes: int = 5
+    features: int = 3  # of linear_cross_entropy
+    axis: int = -1  # the class axis; the vocabulary's of a kernel
+    dtype: str = "float32"
+    probabilities: bool = False
+    class_weight: bool = False
+    sample_weight: bool = False
+    where: bool = False
+    ignored: bool = False
+    label_smoothing: float = 0.0
+    z_loss_weight: float = 0.0
+    logit_softcap: float | None = None
+    traced: bool = False  # smoothing and z-loss as arrays
+    bias: bool = False
+    block_size: int | None = None
+    recompute: bool = False
+    reduction: str = "mean"
+
+    @property
+    def linear(self):
+        return self.function == "linear_cross_entropy"
+
+    @property
+    def number(self):
+        return int(np.prod(self.positions))
+
+
+# --- values -----------------------------------------------------------------------------------------------------------
+
+
+def draw(config, rng, cases):
+    """NumPy arrays of `cases` cases in the dtypes of the call, the class axis last: (cases, number, classes)."""
+    n, c = config.number, config.classes
+    shape = (cases, n, c)
+    wide = "float64" if config.dtype == "float64" else "float32"
+    values: dict[str, Any] = {}
+    if config.linear:
+        # Small multiples of a power of 2: their products and sums are exact, so the logits have no rounding.
+        unit = 2.0 ** rng.integers(-3, 2, (cases, 1, 1))
+        hidden = rng.integers(-3, 4, (cases, n, config.features)) * 1.0
+        kernel = rng.integers(-4, 5, (cases, config.features, c)) * unit
+        values["hidden"], values["kernel"] = hidden.astype(config.dtype), kernel.astype(config.dtype)
+        if config.bias:
+            values["bias"] = (rng.integers(-8, 9, (cases, c)) * unit[:, 0]).astype(config.dtype)
+    else:
+        values["logits"] = scores(config, rng, shape).astype(config.dtype)
+    labels = rng.integers(0, c, (cases, n))
+    if not config.linear:  # of some, a class that is not masked; half the time the largest
+        x = values["logits"].astype(np.float64)
+        largest = np.argmax(x, -1)
+        masked = np.isneginf(np.take_along_axis(x, labels[..., None], -1)[..., 0])
+        labels = np.where(masked | (rng.random((cases, n)) < 0.5), largest, labels)
+    if config.probabilities:
+        q = rng.dirichlet(np.full(c, 0.3), (cases, n))
+        q *= rng.random(shape) < 0.8
+        q = np.where(rng.random((cases, n, 1)) < 0.2, np.eye(c)[labels], q)
+        if not config.linear:
+            q = np.where(np.isneginf(x), 0, q)
+        values["labels"] = q.astype(config.dtype)
+    else:
+        if config.ignored:
+            labels = np.where(rng.random((cases, n)) < 0.3, -100, labels)
+        values["labels"] = labels.astype(np.int32)
+    if config.class_weight:
+        values["class_weight"] = (rng.uniform(0.25, 4, (cases, c)) * (rng.random((cases, c)) < 0.9)).astype(wide)
+    if config.sample_weight:
+        values["sample_weight"] = (rng.uniform(0.25, 4, (cases, n)) * (rng.random((cases, n)) < 0.9)).astype(wide)
+    if config.where:
+        values["where"] = rng.random((cases, n)) < 0.7
+    values["cotangent"] = rng.uniform(-2, 2, (cases, n)).astype(wide)
+    for name, keep in (("logits", counts(config, values)), ("hidden", counts(config, values))):
+        if name in values:  # what does not count may be anything
+            garbage = rng.choice([np.nan, np.inf, -np.inf, 6e4, 0.0], values[name].shape)
+            values[name] = np.where(keep[..., None], values[name], garbage.astype(values[name].dtype))
+    return values
+
+
+def scores(config, rng, shape):
+    """Logits of every kind: margins, offsets, ties, masked classes, subnormals, signed zeros, and huge ones."""
+    row, each = (*shape[:-1], 1), shape
+    x = rng.normal(size=each) * rng.choice([1e-4, 0.3, 1.0, 10.0, 40.0], row)
+    x = np.where(np.arange(shape[-1]) == rng.integers(0, shape[-1], row), x + rng.choice([0, 5, 20, 45, 80], row), x)
+    x = x + rng.choice([0.0, 0.0, 50.0, -300.0, 1e4], row)
+    if config.function == "nll_loss":
+        x = -np.abs(x)
+    else:
+        kind = rng.integers(0, 24, row)
+        x = np.where(kind == 0, np.round(x), x)  # ties
+        x = np.where(kind == 1, rng.choice([0.0, -0.0, 1e-40, -1e-40, 1e-45], each), x)
+        limit = 6e4 if config.dtype == "float16" else 1e36
+        x = np.where(kind == 2, rng.choice([limit, -limit, limit / 4, 1.0, 0.0], each), x)
+        x = np.where((kind >= 20) & (rng.random(each) < 0.3), -np.inf, x)
+        x = np.where(np.all(np.isneginf(x), -1, keepdims=True), 0.0, x)
+    return np.clip(x, -65504, 65504) if config.dtype == "float16" else x
+
+
+def counts(config, values):
+    labels = values["labels"]
+    keep = np.ones(labels.shape[:2], bool) if config.probabilities else labels != -100
+    return keep & values["where"] if config.where else keep
+
+
+# --- jxent ------------------------------------------------------------------------------------------------------------
+
+
+def call(config, values):
+    """(loss, statistics, gradients by name) of one case, as a JAX function of its arrays."""
+    shape, last = config.positions, config.axis == -1
+
+    def place(x):
+        x = x.reshape(*shape, config.classes)
+        return x if last else jnp.moveaxis(x, -1, config.axis)
+
+    dtype = jnp.float64 if config.dtype == "float64" else jnp.float32
+    options = {} if config.function == "nll_loss" else {"return_stats": True, "logit_softcap": config.logit_softcap}
+    for name in () if config.function == "nll_loss" else ("label_smoothing", "z_loss_weight"):
+        options[name] = jnp.asarray(getattr(config, name), dtype) if config.traced else getattr(config, name)
+    if "where" in values:
+        options["where"] = values["where"].reshape(shape)
+    names = ("logits", "hidden", "kernel", "bias", "class_weight", "sample_weight")
+    wanted = {name: values[name] for name in names if name in values}
+    if config.probabilities:
+        wanted["labels"] = values["labels"]
+
+    def loss(wanted):
+        given = dict(options)
+        if "class_weight" in wanted:
+            given["class_weight"] = wanted["class_weight"]
+        if "sample_weight" in wanted:
+            given["sample_weight"] = wanted["sample_weight"].reshape(shape)
+        labels = wanted["labels"].reshape(*shape, -1) if config.probabilities else values["labels"].reshape(shape)
+        given["reduction"] = config.reduction
+        if config.linear:
+            kernel = wanted["kernel"] if last else wanted["kernel"].T
+            hidden = wanted["hidden"].reshape(*shape, -1)
+            given |= {"bias": wanted.get("bias"), "vocab_axis": config.axis}
+            given |= {"block_size": config.block_size, "recompute": config.recompute}
+            out = jxent.linear_cross_entropy(hidden, kernel, labels, **given)
+        else:
+            labels = place(labels) if config.probabilities else labels
+            out = getattr(jxent, config.function)(place(wanted["logits"]), labels, axis=config.axis, **given)
+        return out if isinstance(out, tuple) else (out, None)
+
+    value, pull, stats = jax.vjp(loss, wanted, has_aux=True)
+    cotangent = values["cotangent"].astype(value.dtype)
+    cotangent = cotangent.reshape(shape) if config.reduction == "none" else cotangent[0]
+    sharding = jax.typeof(value).sharding
+    (gradients,) = pull(cotangent if sharding.mesh.empty else reshard(cotangent, sharding))
+    return value, stats, gradients
+
+
+one = jax.jit(call, static_argnums=0)
+
+
+@partial(jax.jit, static_argnums=0)
+def batched(config, values):
+    return jax.vmap(partial(call, config))(values)
+
+
+def run(config, values):
+    """Name -> array of (cases, ...), in float64: "loss", statistics, and "d " + the name of each gradient."""
+    with jax.enable_x64(config.dtype == "float64"):
+        value, stats, gradients = jax.device_get(batched(config, jax.tree.map(jnp.asarray, values)))
+    return named(config, value, stats, gradients)
+
+
+def named(config, value, stats, gradients):
+    found = {"loss": value.reshape(len(value), -1)} | {f"d {name}": g for name, g in gradients.items()}
+    if stats is not None:
+        found |= {name: getattr(stats, name).reshape(len(value), -1) for name in (*STATS, "prediction")}
+        found["weight"] = stats.weight[:, None]
+    return {name: np.asarray(array) for name, array in found.items()}
+
+
+# --- the definitions --------------------------------------------------------------------------------------------------
+
+
+class Float64:
+    """Arithmetic of the oracle: enough for float32, as no form below cancels more than the judged one."""
+
+    exp, log1p, expm1, tanh = np.exp, np.log1p, np.expm1, np.tanh
+
+    @staticmethod
+    def array(values):
+        return np.asarray(values, np.float64)
+
+
+class Digits:
+    """The same with 50 digits."""
+
+    exp, log1p, expm1, tanh = (np.frompyfunc(f, 1, 1) for f in (mpmath.exp, mpmath.log1p, mpmath.expm1, mpmath.tanh))
+    array = staticmethod(np.vectorize(lambda v: mpmath.mpf(float(v)), otypes=[object]))
+
+
+class Expected(NamedTuple):
+    value: np.ndarray  # float64
+    scale: np.ndarray  # the magnitude that errors are relative to
+    slack: np.ndarray | float = 1.0  # a factor of the bound
+
+
+@mpmath.workdps(50)
+def expected(config, values, arithmetic=Float64):
+    """Name -> `Expected`, for the names of `run`."""
+    with np.errstate(all="ignore"):
+        return _expected(config, values, arithmetic)
+
+
+def _expected(config, values, a):
+    keep = counts(config, values)
+    one = a.array(1.0)
+    if config.linear:
+        hidden = a.array(np.where(keep[..., None], values["hidden"].astype(np.float64), 0))
+        kernel = a.array(values["kernel"].astype(np.float64))
+        x = _matmul(hidden, kernel)
+        if config.bias:
+            x = x + a.array(values["bias"].astype(np.float64))[:, None]
+    else:
+        logits = values["logits"].astype(np.float64)
+        subnormal = np.abs(logits) < float(jnp.finfo(jnp.float32).tiny)  # which XLA takes for 0
+        x = a.array(np.where(keep[..., None] & ~subnormal, logits, 0))
+    b, n, c = x.shape
+    w = a.array(values["class_weight"] if config.class_weight else np.ones((b, c)))[:, None]
+    s = a.array(np.where(keep, values["sample_weight"] if config.sample_weight else np.ones((b, n)), 0))
+    g = a.array(values["cotangent"] if config.reduction == "none" else np.repeat(values["cotangent"][:, :1], n, 1))
+    masked = x == -np.inf
+    q = values["labels"]
+    q = q if config.probabilities else np.where(keep, q, 0)[..., None] == np.arange(c)
+    q = a.array(q.astype(np.float64)) * a.array(keep[..., None].astype(float))
+
+    cap = config.logit_softcap
+    u = None if cap is None else np.where(masked, 0 * one, x) / cap
+    y = x if cap is None else np.where(masked, x, cap * a.tanh(u))
+    log_p, top, log_z = _log_probs(config, x, y, a)
+    p = a.exp(log_p)
+    cost = -log_p
+    eps, z = _as_held(config, config.label_smoothing), _as_held(config, config.z_loss_weight)
+    present = a.array((~masked).astype(float))
+    spread = present / np.sum(present, -1, keepdims=True)
+    of_label, of_uniform = (one - eps) * q, eps * spread * a.array(keep[..., None].astype(float))
+    share = of_label + of_uniform  # of each class's cost, but for its weight
+    label_weight = w * share
+    lse = top + log_z
+    per_position = np.sum(_times(label_weight, cost), -1)
+    z_cost = z * lse * lse * a.array(keep.astype(float))
+    unweighted, loss = per_position + z_cost, s * (per_position + z_cost)
+    lse_scale = abs(top) + log_z
+    z_scale = z * abs(lse) * lse_scale * a.array(keep.astype(float))
+    loss_scale = s * (per_position + z_cost + 2 * z_scale)
+    of_weight = np.sum(w * q, -1) if not config.probabilities else a.array(keep.astype(float))
+    weight = s * of_weight
+    total = np.sum(weight, -1, keepdims=True)
+    mean, mean_index = config.reduction == "mean", config.reduction == "mean" and not config.probabilities
+    none = config.reduction == "none"
+    per = g / total if mean else g  # what multiplies each position's loss
+    found = {}
+
+    def add(name, value, scale, slack=1.0):
+        found[name] = Expected(*(np.asarray(array, np.float64) for array in (value, scale, slack)))
+
+    if none:
+        add("loss", loss, loss_scale)
+    else:
+        result = np.sum(loss, -1, keepdims=True) / (total if mean else one)
+        add("loss", result, np.sum(loss_scale, -1, keepdims=True) / (total if mean else one))
+    if config.function != "nll_loss":
+        k = a.array(keep.astype(float))
+        log_prob = np.sum(_times(q, cost), -1)
+        add("log_prob", -log_prob, log_prob)
+        add("log_normalizer", np.where(keep, lse, 0 * one), np.where(keep, lse_scale, 0 * one))
+        entropy = np.sum(_times(p, cost), -1) * k
+        add("entropy", entropy, entropy)
+        add("weight", total, total)
+        found["prediction"] = Expected(np.where(keep, np.argmax(x, -1), np.iinfo(np.int32).min), np.zeros((b, n)))
+
+    ks = (per * s)[..., None]
+    if config.function == "nll_loss":
+        add("d logits", -ks * label_weight, abs(ks) * label_weight)
+    else:
+        v = np.sum(label_weight, -1, keepdims=True)
+        others = v - label_weight if a is Digits else _others(label_weight)
+        near = p > 0.5
+        not_p = -a.expm1(np.where(near, log_p, -one))
+        dz = 2 * z * (lse * a.array(keep.astype(float)))[..., None] * p
+        dy = np.where(near, others - v * not_p, v * p - label_weight) + dz
+        plain = np.where(near, others + v * not_p, v * p + label_weight)
+        scale = plain + 2 * z * lse_scale[..., None] * p
+        far = np.where(np.asarray(log_p, np.float64) < -64, 2.0, 1.0)
+        slope = one if u is None else 1 / (np.frompyfunc(mpmath.cosh, 1, 1)(u) if a is Digits else np.cosh(u)) ** 2
+        if u is not None:
+            far = far + np.asarray(abs(u), np.float64) * 2 * np.finfo(np.float32).eps / 5e-6
+        dy, scale = np.where(masked, 0 * one, ks * dy * slope), np.where(masked, 0 * one, abs(ks) * scale * slope)
+        if config.linear:
+            transposed = np.swapaxes(kernel, 1, 2)
+            slack = float(np.max(far))
+            add("d hidden", _matmul(dy, transposed), _matmul(scale, abs(transposed)), slack)
+            back = np.swapaxes(hidden, 1, 2)
+            add("d kernel", _matmul(back, dy), _matmul(abs(back), scale), slack)
+            if config.bias:
+                add("d bias", np.sum(dy, 1), np.sum(scale, 1), slack)
+        else:
+            add("d logits", dy, scale, far)
+    if config.probabilities:
+        finite = ~masked
+        dq = np.where(finite, ks * w * (one - eps) * np.where(finite, cost, 0 * one), 0 * one)
+        add("d labels", dq, abs(dq))
+    lost = np.sum(loss, -1, keepdims=True) / total if mean else None
+    if config.sample_weight:
+        ds, scale = per * unweighted, abs(per) * (unweighted + 2 * z_scale)
+        if mean:
+            ds, scale = ds - per * lost * of_weight, scale + abs(per * lost) * of_weight
+        add("d sample_weight", ds, scale)
+    if config.class_weight:
+        terms = ks * _times(share, cost)
+        dw, scale = np.sum(terms, 1), np.sum(abs(terms), 1)
+        if mean_index:
+            taken = np.sum((per * s * lost)[..., None] * q, 1)
+            dw, scale = dw - taken, scale + abs(taken)
+        add("d class_weight", dw, scale)
+    return found
+
+
+def _log_probs(config, x, y, a):
+    """(log p, the maximum, log of the sum of exp(y - m))."""
+    if config.function == "nll_loss":
+        zero = 0 * x[..., 0]
+        return x, zero, zero
+    index = np.argmax(y, -1)[..., None]
+    top = np.take_along_axis(y, index, -1)
+    terms = a.exp(y - top)
+    np.put_along_axis(terms, index, a.array(0.0), -1)
+    log_z = a.log1p(np.sum(terms, -1, keepdims=True))
+    return (y - top) - log_z, top[..., 0], log_z[..., 0]
+
+
+def _others(terms):
+    """For each class the sum of the other classes' terms, none of which is taken off again."""
+    c = terms.shape[-1]
+    return np.sum(terms[..., None, :] * (1 - np.eye(c)), -1)
+
+
+def _times(weight, cost):
+    return np.where(weight == 0, 0 * weight, weight * np.where(weight == 0, 0 * weight, cost))
+
+
+def _matmul(left, right):
+    return np.sum(left[..., :, :, None] * right[..., None, :, :], -2)
+
+
+def _as_held(config, value):
+    """An option as the loss holds it: in float32 unless the loss is float64."""
+    return float(value if config.dtype == "float64" else np.float32(value))
+
+
+# --- the judgement ----------------------------------------------------------------------------------------------------
+
+
+def bound(config, name):
+    """The promised relative error."""
+    if config.dtype == "float64":
+        return 1e-12
+    most = 5e-6 if config.logit_softcap is None else 5e-6 + 6e-7 * config.logit_softcap
+    kind = jnp.finfo(config.dtype)
+    if name.startswith("d ") and kind.bits == 16 and name not in ("d class_weight", "d sample_weight"):
+        most += float(kind.eps) / 2 * (3 if config.linear else 1)  # the logits' gradient is rounded too, and the sum's
+    return most
+
+
+def judge(config, values, got, want):
+    """Name -> the largest error, as a fraction of the bound; inf for NaN where the definition gives a number."""
+    worst = {}
+    for name, (value, scale, slack) in want.items():
+        result = np.asarray(got[name], np.float64)
+        if name == "prediction":
+            worst[name] = 0.0 if np.array_equal(result, value) else np.inf
+            continue
+        kind = jnp.finfo(got[name].dtype)
+        judged = np.isfinite(value) & (np.maximum(np.abs(value), scale) < float(kind.max) / 4)
+        floor = 8 * float(kind.tiny) * (100 * config.classes if name == "entropy" else 2)  # what underflows on the way
+        with np.errstate(all="ignore"):
+            error = np.abs(result - value) / (bound(config, name) * slack * scale + floor)
+        error = np.where(judged, np.where(np.isnan(error), np.inf, error), 0)
+        worst[name] = float(error.max(initial=0))
+    return worst
