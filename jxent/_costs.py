@@ -213,7 +213,7 @@ def costs_bwd(form, residuals, cotangents):
         q = labels.astype(dtype)
         grad = to_label * jnp.where(confident, total * jnp.expm1(log_p) + others, total * p - times(q, w))
         cost = jnp.where(masked & (q == 0), 0, -log_p)  # a masked class that no label names is no class
-        grad_labels = only(keep, to_label * times(cost, w)).astype(labels.dtype)
+        grad_labels = only(keep, to_label * times(cost, w))
         per_class = to_label * q * cost
     if form.uniform:
         share = jnp.where(masked, 0, (1 if w is None else w) / present)
@@ -229,7 +229,7 @@ def costs_bwd(form, residuals, cotangents):
     grad_weight = None
     if class_weight is not None:
         positions = tuple(a for a in range(logits.ndim) if a != form.axis)
-        grad_weight = jnp.sum(only(keep, per_class), positions).astype(class_weight.dtype)
+        grad_weight = jnp.sum(only(keep, per_class), positions)
     return grad, grad_labels, grad_weight
 
 
@@ -256,6 +256,7 @@ def _costs_bwd(form, residuals, cotangents):
     operands = residuals, summed(Costs(*cotangents[:3]), form.shards)
     keeps_exp = _keeps_exp(form, residuals.logits, residuals.labels)
     grads = on_cpu(backward, *operands) if keeps_exp else backward(False, *operands)
+    grads = (None if grad is None else grad.astype(like.dtype) for grad, like in zip(grads, residuals[:3], strict=True))
     return *map(sharded_like, grads, residuals[:3]), None, None
 
 

@@ -87,7 +87,7 @@ def _block(sweep, wanted, inputs, coefficients):
         if "labels" in wanted:
             grads["labels"] = dlabels
         if "class_weight" in wanted and dweight is not None:
-            grads["class_weight"] = dweight.astype(compute_dtype(dweight.dtype))
+            grads["class_weight"] = dweight
     return rows, grads
 
 
@@ -184,6 +184,9 @@ def _swept(sweep, wanted, cpu, inputs, coefficients):
         each, sums = jax.eval_shape(block, 0)
         carry = zeros(blocks.shape, each), zeros((), sums)
         (rows, grads), sums = lax.fori_loop(0, blocks.number, step, carry)
+    if "kernel" in sums and sweep.vocab_axis == 0:
+        # The barrier keeps XLA:CPU from transposing the operands instead, for it cannot multiply 16-bit ones that way.
+        sums["kernel"] = (barrier(sums["kernel"]) if cpu else sums["kernel"]).T
     for name, total in sums.items():
-        grads[name] = finished(name, total.T if name == "kernel" and sweep.vocab_axis == 0 else total)
+        grads[name] = finished(name, total)
     return rows, grads

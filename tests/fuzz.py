@@ -277,9 +277,10 @@ def _expected(config, values, a):
     of_weight = np.sum(w * q, -1) if not config.probabilities else a.array(keep.astype(float))
     weight = s * of_weight
     total = np.sum(weight, -1, keepdims=True)
+    divisor = np.where(total == 0, a.array(np.nan), total)  # the mean of nothing
     mean, mean_index = config.reduction == "mean", config.reduction == "mean" and not config.probabilities
     none = config.reduction == "none"
-    per = g / total if mean else g  # what multiplies each position's loss
+    per = g / divisor if mean else g  # what multiplies each position's loss
     found = {}
 
     def add(name, value, scale, slack=1.0):
@@ -288,8 +289,8 @@ def _expected(config, values, a):
     if none:
         add("loss", loss, loss_scale)
     else:
-        result = np.sum(loss, -1, keepdims=True) / (total if mean else one)
-        add("loss", result, np.sum(loss_scale, -1, keepdims=True) / (total if mean else one))
+        result = np.sum(loss, -1, keepdims=True) / (divisor if mean else one)
+        add("loss", result, np.sum(loss_scale, -1, keepdims=True) / (divisor if mean else one))
     if config.function != "nll_loss":
         k = a.array(keep.astype(float))
         log_prob = np.sum(_times(q, cost), -1)
@@ -331,7 +332,7 @@ def _expected(config, values, a):
         finite = ~masked
         dq = np.where(finite, ks * w * (one - eps) * np.where(finite, cost, 0 * one), 0 * one)
         add("d labels", dq, abs(dq))
-    lost = np.sum(loss, -1, keepdims=True) / total if mean else None
+    lost = np.sum(loss, -1, keepdims=True) / divisor if mean else None
     if config.sample_weight:
         ds, scale = per * unweighted, abs(per) * (unweighted + 2 * z_scale)
         if mean:

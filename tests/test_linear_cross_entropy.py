@@ -731,3 +731,29 @@ def test_second_derivatives_of_one_block(options, x64):
     np.testing.assert_allclose(*hessians, rtol=1e-10, atol=1e-13)
     reverse = [jax.grad(squares(f))(kernel) for f in (loss, full)]
     np.testing.assert_allclose(*reverse, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("block_size", [2, None])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_16_bit_kernel_of_either_layout(dtype, block_size):
+    """In one block and in several: XLA:CPU refuses some products of 16-bit operands when it runs them."""
+    rng = np.random.default_rng(12)
+    hidden, kernel = (jnp.asarray(rng.normal(size=shape), dtype) for shape in ((4, 8), (8, 3)))
+    labels = np.array([0, 2, 1, 1])
+
+    def grads(kernel, vocab_axis):
+        loss = partial(jxent.linear_cross_entropy, labels=labels, vocab_axis=vocab_axis, block_size=block_size)
+        return jax.jit(jax.grad(loss, (0, 1)))(hidden, kernel)
+
+    for got, want in zip(grads(kernel.T, 0), grads(kernel, -1), strict=True):
+        want = want.T if got.shape != want.shape else want
+        np.testing.assert_array_equal(np.asarray(got, np.float32), np.asarray(want, np.float32))
+
+
+def test_float16_probabilities_of_large_costs():
+    """The label's gradient is its cost, whatever the gradient of the logits is scaled by to fit into float16."""
+    hidden, kernel = jnp.eye(2, dtype=jnp.float16), jnp.array([[0, -40, 3], [20, 0, -20]], jnp.float16)
+    labels = jnp.array([[0.5, 0.25, 0.25], [0.25, 0.5, 0.25]], jnp.float16)
+    got = jax.grad(lambda q: jxent.linear_cross_entropy(hidden, kernel, q, reduction="sum"))(labels)
+    want = -oracle.log_softmax(np.asarray(kernel, np.float64))
+    np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=2**-11, atol=2**-25)
