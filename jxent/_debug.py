@@ -50,7 +50,13 @@ def _checkable(array):
 
 
 def _first(bad, **values):
-    """The index of the first bad element, and the values there."""
-    at = jnp.argmax(bad)
-    index = jnp.stack(jnp.unravel_index(at, bad.shape)) if bad.ndim else jnp.zeros(0, jnp.int32)
-    return {"index": index} | {name: array.reshape(-1)[at] for name, array in values.items()}
+    """The index of the first bad element, and the values there.
+
+    One axis after the other, as an index into all of them could exceed an int32.
+    """
+    index = []
+    for _ in range(bad.ndim):
+        at = jnp.argmax(jnp.any(bad, range(1, bad.ndim)))
+        index.append(at)
+        bad, values = bad[at], {name: array[at] for name, array in values.items()}
+    return {"index": jnp.array(index, jnp.int32)} | values

@@ -834,16 +834,22 @@ def test_checkify_leaves_probabilities_alone(function):
 
 
 @pytest.mark.parametrize("function", [*LOSSES, LINEAR])
-def test_without_checkify_the_check_costs_nothing(function):
-    """No effect, no callback, no output in the program: the loss alone."""
+def test_without_checkify_the_check_costs_nothing(function, monkeypatch):
+    """No effect, no callback, no output in the program: the loss alone, and its cost without the check."""
     call = jax.jit(summed_loss(function))
     traced = call.trace(LOGITS, with_label(C - 1, "int32"))
     lowered = traced.lower()
-    assert "check" in str(traced.jaxpr)  # of the jaxpr it is a part,
+    assert " check[" in str(traced.jaxpr)  # of the jaxpr it is a part,
     text = lowered.as_text() + lowered.compile().as_text()
     assert "out of range" not in text  # but not of the program.
     assert "callback" not in text
     assert jax.tree.structure(lowered.out_info).num_leaves == 1
+    jax.clear_caches()
+    monkeypatch.setattr(checkify, "debug_check", lambda *args, **values: None)
+    unchecked = call.trace(LOGITS, with_label(C - 1, "int32"))
+    assert " check[" not in str(unchecked.jaxpr)
+    assert unchecked.lower().compile().cost_analysis() == lowered.compile().cost_analysis()
+    jax.clear_caches()
 
 
 @pytest.mark.parametrize("function", [*LOSSES, LINEAR])

@@ -5,15 +5,15 @@
 
 import os
 
-import fuzz
 import jax
 import jax.numpy as jnp
 import numpy as np
-from fuzz import Config
+import random_calls as calls
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from random_calls import Config
 
 import jxent
 
@@ -59,10 +59,10 @@ def configs(draw, **fixed):
 def test_definitions(config, seed):
     """Loss, statistics and every gradient, against 50 digits for a few cases and float64 for more."""
     few, many = (3, 0) if config.dtype == "float64" else (1, 64)
-    for cases, arithmetic in ((few, fuzz.Digits), (many, fuzz.Float64)):
+    for cases, arithmetic in ((few, calls.Digits), (many, calls.Float64)):
         if cases:
-            values = fuzz.draw(config, np.random.default_rng(seed), cases)
-            worst = fuzz.judge(config, values, fuzz.run(config, values), fuzz.expected(config, values, arithmetic))
+            values = calls.draw(config, np.random.default_rng(seed), cases)
+            worst = calls.judge(config, values, calls.run(config, values), calls.expected(config, values, arithmetic))
             assert max(worst.values()) <= 1, worst
 
 
@@ -71,7 +71,7 @@ def test_definitions(config, seed):
 
 def drawn(config, seed, cases=None):
     """Values of one case, or of several."""
-    values = fuzz.draw(config, np.random.default_rng(seed), cases or 1)
+    values = calls.draw(config, np.random.default_rng(seed), cases or 1)
     return values if cases else {name: array[0] for name, array in values.items()}
 
 
@@ -104,7 +104,7 @@ def test_gradient_rows_sum_to_0(config, seed):
     """Without z-loss and soft cap, within the rounding of the row."""
     config = config._replace(z_loss_weight=0.0, logit_softcap=None)
     values = drawn(config, seed)
-    loss, _, gradients = fuzz.one(config, values)
+    loss, _, gradients = calls.one(config, values)
     rows = np.asarray(gradients["logits"], np.float64)[np.isfinite(loss).reshape(-1)]
     assert_close(np.sum(rows, -1), 0, np.sum(np.abs(rows), -1))
 
@@ -114,8 +114,8 @@ def test_one_hot_probabilities_are_index_labels(config, seed):
     config = config._replace(probabilities=False, ignored=False)
     values = drawn(config, seed)
     one_hot = values | {"labels": np.eye(config.classes, dtype=np.float32)[values["labels"]]}
-    index, _, by_index = fuzz.one(config, values)
-    loss, _, by_probability = fuzz.one(config._replace(probabilities=True), one_hot)
+    index, _, by_index = calls.one(config, values)
+    loss, _, by_probability = calls.one(config._replace(probabilities=True), one_hot)
     assert_close(loss, index)
     for name in set(by_index) - {"class_weight", "sample_weight"}:
         scale = np.max(np.abs(by_index[name]), initial=0) if config.linear else 0
@@ -125,11 +125,11 @@ def test_one_hot_probabilities_are_index_labels(config, seed):
 @given(plain.filter(lambda c: c.function == "linear_cross_entropy"), seeds)
 def test_linear_cross_entropy_is_cross_entropy_of_the_logits(config, seed):
     values = drawn(config, seed)
-    keep = fuzz.counts(config, {name: array[None] for name, array in values.items()})[0]
+    keep = calls.counts(config, {name: array[None] for name, array in values.items()})[0]
     logits = np.where(keep[:, None], values["hidden"], 0) @ values["kernel"] + values.get("bias", 0)
-    loss, stats, gradients = fuzz.one(config, values)
+    loss, stats, gradients = calls.one(config, values)
     others = {name: array for name, array in values.items() if name not in ("hidden", "kernel", "bias")}
-    want = fuzz.one(config._replace(function="cross_entropy"), others | {"logits": logits})
+    want = calls.one(config._replace(function="cross_entropy"), others | {"logits": logits})
     assert_close(loss, want[0])
     jax.tree.map(assert_close, stats, want[1])
     hidden = np.where(keep[:, None], values["hidden"], 0)
@@ -143,17 +143,17 @@ def test_linear_cross_entropy_is_cross_entropy_of_the_logits(config, seed):
 def test_micro_batches_add_up(config, seed, size):
     """Sums of parts are the sum; divided by the sum of their weights, the mean."""
     values = drawn(config, seed)
-    total, stats, _ = fuzz.one(config, values)
+    total, stats, _ = calls.one(config, values)
     of_positions = set(values) - {"kernel", "bias", "class_weight", "cotangent"}
     parts = []
     for start in range(0, 6, size):
         part = {k: v[start : start + size] if k in of_positions else v for k, v in values.items()}
-        parts.append(fuzz.one(config._replace(positions=(size,)), part)[:2])
+        parts.append(calls.one(config._replace(positions=(size,)), part)[:2])
     assert_close(sum(np.float64(part[0]) for part in parts), total)
     if stats is not None:
         weight = sum(np.float64(part[1].weight) for part in parts)
         assert_close(weight, stats.weight)
-        mean = fuzz.one(config._replace(reduction="mean"), values)[0]
+        mean = calls.one(config._replace(reduction="mean"), values)[0]
         assert_close(mean, np.float64(total) / weight if weight else np.nan)
 
 
@@ -174,8 +174,8 @@ def test_order_does_not_matter(config, seed):
             array = np.where(array == -100, -100, np.argsort(columns)[np.clip(array, 0, None)]).astype(np.int32)
         return array
 
-    loss, _, gradients = fuzz.one(config, values)
-    other, _, permuted_gradients = fuzz.one(config, {k: permuted(k, v) for k, v in values.items()})
+    loss, _, gradients = calls.one(config, values)
+    other, _, permuted_gradients = calls.one(config, {k: permuted(k, v) for k, v in values.items()})
     assert_close(other, loss)
     for name, gradient in gradients.items():
         want = permuted(name, np.asarray(gradient))
@@ -196,8 +196,8 @@ def test_a_masked_class_is_a_removed_class(config, seed):
     fewer = {k: v[..., :last] if k in ("logits", "class_weight") else v for k, v in values.items()}
     if config.probabilities:
         fewer["labels"] = fewer["labels"][..., :last]
-    loss, stats, gradients = fuzz.one(config, values)
-    want = fuzz.one(config._replace(classes=last), fewer)
+    loss, stats, gradients = calls.one(config, values)
+    want = calls.one(config._replace(classes=last), fewer)
     assert_close(loss, want[0])
     jax.tree.map(assert_close, stats, want[1])
     got = np.asarray(gradients["logits"])
@@ -209,8 +209,8 @@ def test_a_masked_class_is_a_removed_class(config, seed):
 @given(configs(dtype="float32", reduction="mean").filter(lambda c: c.function != "nll_loss"), seeds)
 def test_the_mean_is_the_sum_by_the_weight(config, seed):
     values = drawn(config, seed)
-    mean, stats, _ = fuzz.one(config, values)
-    total = fuzz.one(config._replace(reduction="sum"), values)[0]
+    mean, stats, _ = calls.one(config, values)
+    total = calls.one(config._replace(reduction="sum"), values)[0]
     assert_close(mean, np.float64(total) / np.float64(stats.weight) if stats.weight else np.nan)
 
 
@@ -218,8 +218,8 @@ def test_the_mean_is_the_sum_by_the_weight(config, seed):
 def test_statistics_are_those_of_log_softmax(config, seed):
     config = config._replace(axis=-1, positions=(config.number,), logit_softcap=None)
     values = drawn(config, seed)
-    _, stats, _ = fuzz.one(config, values)
-    keep = fuzz.counts(config, {name: array[None] for name, array in values.items()})[0]
+    _, stats, _ = calls.one(config, values)
+    keep = calls.counts(config, {name: array[None] for name, array in values.items()})[0]
     log_p = np.asarray(jxent.log_softmax(values["logits"]), np.float64)
     q = values["labels"] if config.probabilities else np.eye(config.classes)[np.maximum(values["labels"], 0)]
     with np.errstate(invalid="ignore"):
@@ -240,7 +240,7 @@ def test_sharding_changes_nothing(config, seed, spec, kind):
     """Positions and classes over eight devices, under plain jit: the definitions again."""
     mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(kind,) * 2)
     config = config._replace(axis=0 if config.linear and config.axis == 0 else -1)
-    values = fuzz.draw(config, np.random.default_rng(seed), 1)
+    values = calls.draw(config, np.random.default_rng(seed), 1)
 
     def over(name, array):
         array = array[0]
@@ -253,8 +253,8 @@ def test_sharding_changes_nothing(config, seed, spec, kind):
 
     with jax.enable_x64(config.dtype == "float64"):
         placed = {name: over(name, array) for name, array in values.items()}
-        found = jax.device_get(fuzz.one(config, placed))
-    want = fuzz.expected(config, values, fuzz.Digits if config.dtype == "float64" else fuzz.Float64)
-    got = fuzz.named(config, *jax.tree.map(lambda array: array[None], found))
-    worst = fuzz.judge(config, values, {k: v.reshape(want[k].value.shape) for k, v in got.items()}, want)
+        found = jax.device_get(calls.one(config, placed))
+    want = calls.expected(config, values, calls.Digits if config.dtype == "float64" else calls.Float64)
+    got = calls.named(config, *jax.tree.map(lambda array: array[None], found))
+    worst = calls.judge(config, values, {k: v.reshape(want[k].value.shape) for k, v in got.items()}, want)
     assert max(worst.values()) <= 1, worst

@@ -136,6 +136,27 @@ def everything(logits, labels, probabilities, class_weight, sample_weight, hidde
     return sum(out)
 
 
+# One chip and a language model. In both cases the largest part of what is allowed is one array: the float32 sum of
+# the kernel's gradient (a quarter of the logits in float32, as the features are of the positions), or the logits of a
+# block.
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v6e:2x2"])
+@pytest.mark.parametrize(("wrt", "most"), [((0, 1), 0.26), ((0,), 0.07)], ids=["both", "frozen kernel"])
+def test_default_block(topology, wrt, most):
+    positions, features, vocab = 8192, 2048, 151936
+    chip = jax.sharding.SingleDeviceSharding(chips(topology)[0])
+
+    def array(*shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=chip)
+
+    program = compiled(
+        jax.value_and_grad(jxent.linear_cross_entropy, wrt),
+        array(positions, features),
+        array(features, vocab),
+        array(positions, dtype=jnp.int32),
+    )
+    assert temporaries(program) * MIB <= most * 4 * positions * vocab
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v6e:2x2"])
 def test_every_public_function_compiles(topology, dtype):

@@ -114,12 +114,17 @@ def scores(config, rng, shape):
     else:
         kind = rng.integers(0, 24, row)
         x = np.where(kind == 0, np.round(x), x)  # ties
-        x = np.where(kind == 1, rng.choice([0.0, -0.0, 1e-40, -1e-40, 1e-45], each), x)
+        x = np.where(kind == 1, rng.choice([0.0, -0.0, 0.1, -0.1, 1e-6], each) * tiny(config), x)
         limit = 6e4 if config.dtype == "float16" else 1e36
         x = np.where(kind == 2, rng.choice([limit, -limit, limit / 4, 1.0, 0.0], each), x)
         x = np.where((kind >= 20) & (rng.random(each) < 0.3), -np.inf, x)
         x = np.where(np.all(np.isneginf(x), -1, keepdims=True), 0.0, x)
     return np.clip(x, -65504, 65504) if config.dtype == "float16" else x
+
+
+def tiny(config):
+    """The least normal number of what the loss computes in."""
+    return float(jnp.finfo("float64" if config.dtype == "float64" else "float32").tiny)
 
 
 def counts(config, values):
@@ -206,7 +211,7 @@ def named(config, value, stats, gradients):
 class Float64:
     """Arithmetic of the oracle: enough for float32, as no form below cancels more than the judged one."""
 
-    exp, log1p, expm1, tanh = np.exp, np.log1p, np.expm1, np.tanh
+    exp, log1p, expm1, tanh, cosh = np.exp, np.log1p, np.expm1, np.tanh, np.cosh
 
     @staticmethod
     def array(values):
@@ -216,7 +221,8 @@ class Float64:
 class Digits:
     """The same with 50 digits."""
 
-    exp, log1p, expm1, tanh = (np.frompyfunc(f, 1, 1) for f in (mpmath.exp, mpmath.log1p, mpmath.expm1, mpmath.tanh))
+    exp, log1p, expm1 = (np.frompyfunc(f, 1, 1) for f in (mpmath.exp, mpmath.log1p, mpmath.expm1))
+    tanh, cosh = (np.frompyfunc(f, 1, 1) for f in (mpmath.tanh, mpmath.cosh))
     array = staticmethod(np.vectorize(lambda v: mpmath.mpf(float(v)), otypes=[object]))
 
 
@@ -224,6 +230,7 @@ class Expected(NamedTuple):
     value: np.ndarray  # float64
     scale: np.ndarray  # the magnitude that errors are relative to
     slack: np.ndarray | float = 1.0  # a factor of the bound
+    lost: np.ndarray | float = 0.0  # what may underflow on the way
 
 
 @mpmath.workdps(50)
@@ -235,16 +242,17 @@ def expected(config, values, arithmetic=Float64):
 
 def _expected(config, values, a):
     keep = counts(config, values)
+    k = a.array(keep)
     one = a.array(1.0)
     if config.linear:
         hidden = a.array(np.where(keep[..., None], values["hidden"].astype(np.float64), 0))
-        kernel = a.array(values["kernel"].astype(np.float64))
+        kernel = a.array(values["kernel"])
         x = _matmul(hidden, kernel)
         if config.bias:
-            x = x + a.array(values["bias"].astype(np.float64))[:, None]
+            x = x + a.array(values["bias"])[:, None]
     else:
         logits = values["logits"].astype(np.float64)
-        subnormal = np.abs(logits) < float(jnp.finfo(jnp.float32).tiny)  # which XLA takes for 0
+        subnormal = np.abs(logits) < tiny(config)  # which XLA takes for 0
         x = a.array(np.where(keep[..., None] & ~subnormal, logits, 0))
     b, n, c = x.shape
     w = a.array(values["class_weight"] if config.class_weight else np.ones((b, c)))[:, None]
@@ -253,106 +261,106 @@ def _expected(config, values, a):
     masked = x == -np.inf
     q = values["labels"]
     q = q if config.probabilities else np.where(keep, q, 0)[..., None] == np.arange(c)
-    q = a.array(q.astype(np.float64)) * a.array(keep[..., None].astype(float))
+    q = a.array(q) * k[..., None]
 
     cap = config.logit_softcap
     u = None if cap is None else np.where(masked, 0 * one, x) / cap
     y = x if cap is None else np.where(masked, x, cap * a.tanh(u))
-    log_p, top, log_z = _log_probs(config, x, y, a)
+    log_p, top, log_z = _log_probs(config, y, a)
     p = a.exp(log_p)
     cost = -log_p
     eps, z = _as_held(config, config.label_smoothing), _as_held(config, config.z_loss_weight)
-    present = a.array((~masked).astype(float))
-    spread = present / np.sum(present, -1, keepdims=True)
-    of_label, of_uniform = (one - eps) * q, eps * spread * a.array(keep[..., None].astype(float))
-    share = of_label + of_uniform  # of each class's cost, but for its weight
+    present = a.array(~masked)
+    uniform = present / np.sum(present, -1, keepdims=True) * k[..., None]
+    share = (one - eps) * q + eps * uniform  # of each class's cost, but for its weight
     label_weight = w * share
     lse = top + log_z
-    per_position = np.sum(_times(label_weight, cost), -1)
-    z_cost = z * lse * lse * a.array(keep.astype(float))
-    unweighted, loss = per_position + z_cost, s * (per_position + z_cost)
+    unweighted = np.sum(_times(label_weight, cost), -1) + z * lse * lse * k
     lse_scale = abs(top) + log_z
-    z_scale = z * abs(lse) * lse_scale * a.array(keep.astype(float))
-    loss_scale = s * (per_position + z_cost + 2 * z_scale)
-    of_weight = np.sum(w * q, -1) if not config.probabilities else a.array(keep.astype(float))
+    unweighted_scale = unweighted + 2 * z * abs(lse) * lse_scale * k
+    loss, loss_scale = _times(s, unweighted), _times(s, unweighted_scale)
+    of_weight = k if config.probabilities else np.sum(w * q, -1)
     weight = s * of_weight
     total = np.sum(weight, -1, keepdims=True)
     divisor = np.where(total == 0, a.array(np.nan), total)  # the mean of nothing
-    mean, mean_index = config.reduction == "mean", config.reduction == "mean" and not config.probabilities
-    none = config.reduction == "none"
+    mean = config.reduction == "mean"
     per = g / divisor if mean else g  # what multiplies each position's loss
     found = {}
 
-    def add(name, value, scale, slack=1.0):
-        found[name] = Expected(*(np.asarray(array, np.float64) for array in (value, scale, slack)))
+    least = 16 * tiny(config)
+    step = float(jnp.finfo(np.float16).smallest_subnormal) if config.dtype == "float16" else 0.0  # of a gradient
 
-    if none:
+    def add(name, value, scale, slack=1.0, lost=least):
+        found[name] = Expected(*(np.asarray(array, np.float64) for array in (value, scale, slack, lost)))
+
+    if config.reduction == "none":
         add("loss", loss, loss_scale)
     else:
-        result = np.sum(loss, -1, keepdims=True) / (divisor if mean else one)
-        add("loss", result, np.sum(loss_scale, -1, keepdims=True) / (divisor if mean else one))
+        by = divisor if mean else one
+        add("loss", np.sum(loss, -1, keepdims=True) / by, np.sum(loss_scale, -1, keepdims=True) / by)
     if config.function != "nll_loss":
-        k = a.array(keep.astype(float))
         log_prob = np.sum(_times(q, cost), -1)
         add("log_prob", -log_prob, log_prob)
         add("log_normalizer", np.where(keep, lse, 0 * one), np.where(keep, lse_scale, 0 * one))
         entropy = np.sum(_times(p, cost), -1) * k
-        add("entropy", entropy, entropy)
+        add("entropy", entropy, entropy, lost=50 * config.classes * least)
         add("weight", total, total)
         found["prediction"] = Expected(np.where(keep, np.argmax(x, -1), np.iinfo(np.int32).min), np.zeros((b, n)))
 
     ks = (per * s)[..., None]
     if config.function == "nll_loss":
-        add("d logits", -ks * label_weight, abs(ks) * label_weight)
+        add("d logits", -ks * label_weight, abs(ks) * label_weight, lost=step + least)
     else:
         v = np.sum(label_weight, -1, keepdims=True)
-        others = v - label_weight if a is Digits else _others(label_weight)
+        others = _others(label_weight)
         near = p > 0.5
         not_p = -a.expm1(np.where(near, log_p, -one))
-        dz = 2 * z * (lse * a.array(keep.astype(float)))[..., None] * p
+        dz = 2 * z * (lse * k)[..., None] * p
         dy = np.where(near, others - v * not_p, v * p - label_weight) + dz
         plain = np.where(near, others + v * not_p, v * p + label_weight)
         scale = plain + 2 * z * lse_scale[..., None] * p
+        lost = least * (1 + abs(ks) * (v + 2 * z * lse_scale[..., None]))  # a probability that is multiplied
+        lost = np.broadcast_to(lost, dy.shape)
         far = np.where(np.asarray(log_p, np.float64) < -64, 2.0, 1.0)
-        slope = one if u is None else 1 / (np.frompyfunc(mpmath.cosh, 1, 1)(u) if a is Digits else np.cosh(u)) ** 2
+        slope = one if u is None else 1 / a.cosh(u) ** 2
         if u is not None:
             far = far + np.asarray(abs(u), np.float64) * 2 * np.finfo(np.float32).eps / 5e-6
         dy, scale = np.where(masked, 0 * one, ks * dy * slope), np.where(masked, 0 * one, abs(ks) * scale * slope)
         if config.linear:
-            transposed = np.swapaxes(kernel, 1, 2)
             slack = float(np.max(far))
-            add("d hidden", _matmul(dy, transposed), _matmul(scale, abs(transposed)), slack)
-            back = np.swapaxes(hidden, 1, 2)
-            add("d kernel", _matmul(back, dy), _matmul(abs(back), scale), slack)
+            back, transposed = np.swapaxes(hidden, 1, 2), np.swapaxes(kernel, 1, 2)
+            under = 2 * step + lost  # the cotangent is at most 2
+            lost_hidden, lost_kernel = step + _matmul(under, abs(transposed)), step + _matmul(abs(back), under)
+            add("d hidden", _matmul(dy, transposed), _matmul(scale, abs(transposed)), slack, lost_hidden)
+            add("d kernel", _matmul(back, dy), _matmul(abs(back), scale), slack, lost_kernel)
             if config.bias:
-                add("d bias", np.sum(dy, 1), np.sum(scale, 1), slack)
+                add("d bias", np.sum(dy, 1), np.sum(scale, 1), slack, step + np.sum(lost, 1))
         else:
-            add("d logits", dy, scale, far)
+            add("d logits", dy, scale, far, step + lost)
     if config.probabilities:
-        finite = ~masked
-        dq = np.where(finite, ks * w * (one - eps) * np.where(finite, cost, 0 * one), 0 * one)
-        add("d labels", dq, abs(dq))
+        dq = ks * w * (one - eps) * np.where(masked, 0 * one, cost)
+        add("d labels", dq, abs(dq), lost=step + least)
     lost = np.sum(loss, -1, keepdims=True) / divisor if mean else None
     if config.sample_weight:
-        ds, scale = per * unweighted, abs(per) * (unweighted + 2 * z_scale)
+        ds, scale = per * unweighted, abs(per) * unweighted_scale
         if mean:
             ds, scale = ds - per * lost * of_weight, scale + abs(per * lost) * of_weight
         add("d sample_weight", ds, scale)
     if config.class_weight:
         terms = ks * _times(share, cost)
         dw, scale = np.sum(terms, 1), np.sum(abs(terms), 1)
-        if mean_index:
+        if mean and not config.probabilities:
             taken = np.sum((per * s * lost)[..., None] * q, 1)
             dw, scale = dw - taken, scale + abs(taken)
         add("d class_weight", dw, scale)
     return found
 
 
-def _log_probs(config, x, y, a):
+def _log_probs(config, y, a):
     """(log p, the maximum, log of the sum of exp(y - m))."""
     if config.function == "nll_loss":
-        zero = 0 * x[..., 0]
-        return x, zero, zero
+        zero = 0 * y[..., 0]
+        return y, zero, zero
     index = np.argmax(y, -1)[..., None]
     top = np.take_along_axis(y, index, -1)
     terms = a.exp(y - top)
@@ -363,8 +371,9 @@ def _log_probs(config, x, y, a):
 
 def _others(terms):
     """For each class the sum of the other classes' terms, none of which is taken off again."""
-    c = terms.shape[-1]
-    return np.sum(terms[..., None, :] * (1 - np.eye(c)), -1)
+    zero = 0 * terms[..., :1]
+    before = np.cumsum(np.concatenate([zero, terms[..., :-1]], -1), -1)
+    return before + np.cumsum(np.concatenate([zero, terms[..., :0:-1]], -1), -1)[..., ::-1]
 
 
 def _times(weight, cost):
@@ -390,23 +399,27 @@ def bound(config, name):
     most = 5e-6 if config.logit_softcap is None else 5e-6 + 6e-7 * config.logit_softcap
     kind = jnp.finfo(config.dtype)
     if name.startswith("d ") and kind.bits == 16 and name not in ("d class_weight", "d sample_weight"):
-        most += float(kind.eps) / 2 * (3 if config.linear else 1)  # the logits' gradient is rounded too, and the sum's
+        roundings = 2 if name in ("d hidden", "d kernel") else 1  # of the logits' gradient, and at the end
+        if config.linear and config.dtype == "bfloat16" and config.reduction != "none" and not config.recompute:
+            roundings += 1  # when what was kept between the passes is multiplied by a cotangent
+        most += roundings * float(kind.eps) / 2
     return most
 
 
 def judge(config, values, got, want):
-    """Name -> the largest error, as a fraction of the bound; inf for NaN where the definition gives a number."""
+    """Name -> the largest error, as a fraction of the bound; inf for a wrong NaN or infinity, or a number for one."""
     worst = {}
-    for name, (value, scale, slack) in want.items():
+    for name, (value, scale, slack, lost) in want.items():
         result = np.asarray(got[name], np.float64)
         if name == "prediction":
             worst[name] = 0.0 if np.array_equal(result, value) else np.inf
             continue
         kind = jnp.finfo(got[name].dtype)
-        judged = np.isfinite(value) & (np.maximum(np.abs(value), scale) < float(kind.max) / 4)
-        floor = 8 * float(kind.tiny) * (100 * config.classes if name == "entropy" else 2)  # what underflows on the way
         with np.errstate(all="ignore"):
-            error = np.abs(result - value) / (bound(config, name) * slack * scale + floor)
-        error = np.where(judged, np.where(np.isnan(error), np.inf, error), 0)
-        worst[name] = float(error.max(initial=0))
+            error = np.abs(result - value) / (bound(config, name) * slack * scale + lost)
+        same = (result == value) | (np.isnan(result) & np.isnan(value))
+        error = np.where(same, 0, np.where(np.isfinite(error), error, np.inf))
+        overflows = np.isfinite(value) & (np.maximum(np.abs(value), scale) > float(kind.max) / 4)
+        of_infinite = name.startswith("d ") & ~np.isfinite(value)  # the gradient of an infinite loss
+        worst[name] = float(np.where(overflows | of_infinite, 0, error).max(initial=0))
     return worst
