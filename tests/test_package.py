@@ -1,0 +1,35 @@
+"""The package as such: nothing private of JAX's, and an import that leaves JAX as it was."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import jxent
+
+SOURCES = sorted(pathlib.Path(jxent.__file__).parent.glob("*.py"))
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
+def test_nothing_private_of_jax(source):
+    """Neither modules that JAX does not document, nor names with an underscore in those that it does."""
+    tree = ast.parse(source.read_text(encoding="utf-8"))
+    imported = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    modules = [(getattr(node, "module", None), alias) for node in imported for alias in node.names]
+    of_jax = {"jax"} | {
+        alias.asname or alias.name for module, alias in modules if (module or alias.name).split(".")[0] == "jax"
+    }
+    used = [f"{module or ''}.{alias.name}" for module, alias in modules if not (module or "").startswith("jxent")]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and ast.unparse(node).split(".")[0] in of_jax:
+            used.append(ast.unparse(node))
+    assert not [name for name in used if any(part.startswith("_") for part in name.split(".")) or "jaxlib" in name]
+
+
+def test_import_touches_no_device():
+    """How many devices a CPU has can be set after the import, which JAX refuses once it has looked for devices."""
+    program = "import jax, jxent; jax.config.update('jax_num_cpu_devices', 3); print(jax.device_count())"
+    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert out.stdout.split() == ["3"], out.stderr
