@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import Primitive, jaxpr_as_fun
@@ -24,7 +25,8 @@ from jax.interpreters import ad, batching, mlir
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jxent._layout import dimensions, entries, is_dimensions, layout, result_dimensions
-from jxent._shards import Shards, along_positions, first_class, own, sharded_like, total
+from jxent._passes import on_cpu
+from jxent._shards import Shards, along_positions, by_compiler, first_class, own, sharded_like, total
 from jxent._sweep import Sweep, swept
 
 
@@ -58,16 +60,31 @@ def _on_each_device(sweep, wanted, sizes, plan, inputs, coefficients):
     rows, grads = swept(local, wanted, inputs, coefficients)
     for name, grad in grads.items():
         if name == "hidden":
-            grads[name] = total(grad, vocab)
+            grads[name] = _in_float32(partial(total, axis_name=vocab), grad)
         elif name == "kernel":
             scattered = {1 - sweep.vocab_axis: plan.scattered("f"), sweep.vocab_axis: plan.scattered("v")}
             for axis, axes in scattered.items():
                 if axes:
-                    grad = lax.psum_scatter(grad, axes, scatter_dimension=axis, tiled=True)
-            grads[name] = total(grad, tuple(a for a in positions if a not in sum(scattered.values(), ())))
+                    scatter = partial(lax.psum_scatter, axis_name=axes, scatter_dimension=axis, tiled=True)
+                    # JAX 0.12 cannot lower it where other axes of the mesh are `Explicit`.
+                    grad = _in_float32(partial(by_compiler, scatter, PartitionSpec(None, None)), grad)
+            rest = tuple(a for a in positions if a not in sum(scattered.values(), ()))
+            grads[name] = _in_float32(partial(total, axis_name=rest), grad)
         elif name != "labels":
-            grads[name] = total(grad, positions)
+            grads[name] = _in_float32(partial(total, axis_name=positions), grad)
     return rows, grads
+
+
+def _in_float32(collective, grad):
+    """`collective(grad)`, on a CPU of no less than float32.
+
+    XLA:CPU widens a sum of 16-bit numbers itself, but ends the process if it is over some axes of a mesh and not all.
+    """
+
+    def summed(cpu, grad):
+        return collective(grad.astype(jnp.float32)).astype(grad.dtype) if cpu else collective(grad)
+
+    return on_cpu(summed, grad) if grad.dtype.itemsize == 2 else collective(grad)
 
 
 def _dimensions(sweep, wanted, inputs, coefficients):

@@ -353,6 +353,23 @@ def test_an_array_without_a_mesh(expected, single):
     assert_equal(actual, expected["linear"])
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("kernel", [P(), P("data"), P(None, "data")], ids=str)
+@pytest.mark.parametrize("mode", ["Auto", "Explicit"])
+def test_16_bit_gradients_on_some_axes_of_a_mesh(mode, kernel, dtype):
+    """Replicated over the other axis: XLA:CPU ends the process if it is to sum 16-bit numbers over some axes alone."""
+    mesh = mesh_of(mode, data=4, unused=2)
+    arrays = [jnp.asarray(HIDDEN, dtype), jnp.asarray(KERNEL, dtype), LABELS]
+    step = jax.jit(jax.value_and_grad(partial(linear_loss, reduction="sum"), (0, 1)))
+    loss, want = step(*arrays)
+    hidden = P() if len(kernel) == 2 else P("data")
+    got, grads = step(*(put(mesh, a, spec) for a, spec in zip(arrays, (hidden, kernel, hidden), strict=True)))
+    np.testing.assert_allclose(got, loss, rtol=1e-6)
+    for a, b in zip(grads, want, strict=True):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        np.testing.assert_allclose(a, b, rtol=0, atol=2 * float(jnp.finfo(dtype).eps) * np.max(np.abs(b)))
+
+
 @pytest.mark.parametrize(
     ("mode", "name"), [("Auto", "linear-all"), ("Explicit", "linear"), ("Explicit", "linear-none")]
 )
