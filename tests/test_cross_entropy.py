@@ -113,6 +113,15 @@ def test_many_classes(classes, axis):
     np.testing.assert_allclose(np.moveaxis(np.asarray(got), axis, -1), gradient, rtol=1e-12, atol=1e-300)
 
 
+@pytest.mark.parametrize("classes", [20000, 50257])
+def test_many_classes_with_the_last_but_one_as_the_label(classes, x64):
+    """The last block of classes is added up anew without the label, but with the last class."""
+    logits = np.zeros((1, classes))
+    logits[0, -2:] = 1, 9
+    loss = jxent.cross_entropy(jnp.asarray(logits), jnp.array([classes - 2]))
+    np.testing.assert_allclose(loss, np.log(np.exp(logits).sum()) - 1, rtol=1e-12)
+
+
 def test_unbatched():
     logits, labels, _ = data("index", np.float32)
     value = jxent.cross_entropy(logits[0, 0], labels[0, 0])
@@ -261,10 +270,27 @@ def test_a_masked_class_is_no_class(options, kind):
     np.testing.assert_allclose(gradient, np.insert(want_gradient, 2, 0, -1), rtol=1e-5, atol=1e-8)
 
 
+def test_the_label_of_a_masked_class_has_no_gradient():
+    logits, labels = jnp.array([-jnp.inf, 0.0, 0.0]), jnp.array([0.0, 0.25, 0.75])
+    gradient = jax.grad(lambda q: jxent.cross_entropy(logits, q))(labels)
+    np.testing.assert_allclose(gradient, [0, np.log(2), np.log(2)], rtol=1e-6)
+
+
+def test_smoothing_over_no_class_costs_infinity():
+    assert jxent.cross_entropy(jnp.full(3, -jnp.inf), jnp.array(0), label_smoothing=0.1) == np.inf
+
+
 def test_a_masked_label():
     loss, gradient = jax.value_and_grad(lambda x: jxent.cross_entropy(x, jnp.array(0)))(jnp.array([-jnp.inf, 0.0, 0.0]))
     assert loss == np.inf
     np.testing.assert_array_equal(gradient, [-1.0, 0.5, 0.5])
+
+
+@pytest.mark.parametrize("share", [1e-6, 0.5])
+def test_a_probability_of_a_masked_class_costs_infinity(share):
+    logits, labels = jnp.array([-jnp.inf, 0.0, 0.0]), jnp.array([share, 0.5, 0.5 - share])
+    assert jxent.cross_entropy(logits, labels) == np.inf
+    assert jxent.nll_loss(jxent.log_softmax(logits), labels) == np.inf
 
 
 def test_nan_logits_are_not_hidden():
@@ -305,11 +331,10 @@ def test_mixed_dtypes_promote():
 
 
 def test_more_classes_than_float32_counts():
-    """Beyond 2**24 classes a float32 iota would leave out the label's neighbours too."""
-    classes = 2**24 + 8
-    label = classes - 3
-    logits = jnp.zeros(classes).at[label].set(20.0)
-    want = np.log1p((classes - 1) * np.exp(-20.0))
+    """Beyond 2**24 classes a float32 iota would leave the label's neighbour out of the sum, too, which holds it all."""
+    classes, label = 2**24 + 43, 2**24 + 1  # a prime number, not cut into blocks
+    logits = jnp.zeros(classes).at[label - 1].set(20.0)
+    want = 20 + np.log1p((classes - 1) * np.exp(-20.0))
     np.testing.assert_allclose(jxent.cross_entropy(logits, jnp.array(label)), want, rtol=1e-5)
 
 

@@ -252,6 +252,21 @@ def test_float16_with_class_weights_of_any_size(size):
     np.testing.assert_allclose(got, want, rtol=0, atol=4e-3 * float(jnp.abs(want).max()))
 
 
+def test_float16_gradients_of_a_large_z_loss():
+    """Its gradient is 2 (m + log_z) times the others', here 1000 times: near the most that there is room for."""
+    hidden, labels = jnp.ones((3, 4)), jnp.array([0, 1, 1])
+    kernel = jnp.where(jnp.arange(8) == 0, 125.0, 1.0) * jnp.ones((4, 8))
+
+    def gradient(dtype):
+        def loss(k):
+            return jxent.linear_cross_entropy(hidden.astype(dtype), k, labels, z_loss_weight=1.0, reduction="sum")
+
+        return jax.grad(loss)(kernel.astype(dtype))
+
+    got, want = gradient(jnp.float16), gradient(jnp.float32)
+    np.testing.assert_allclose(got, want, rtol=0, atol=4e-3 * float(jnp.abs(want).max()))
+
+
 # --- masks ------------------------------------------------------------------------------------------------------------
 
 
@@ -489,7 +504,8 @@ def test_gradients_of_a_mean_are_rounded_once():
     [
         ("cpu", 1, 512, 50, 2),  # at least 256 positions
         ("cpu", 1, 4096, 50, 4),  # a quarter of them
-        ("cpu", 0, 16384, 65536, 64),  # 64 MiB of logits
+        ("cpu", 1, 16384, 16384, 16),  # 64 MiB of logits
+        ("cpu", 0, 16384, 65536, 64),  # and at least 256 positions there too
         ("tpu", 1, 2048, 50, 2),  # at least 1024 positions
         ("cuda", 1, 65536, 65536, 16),  # 1 GiB of logits
         ("tpu", 0, 2048, 50, 4),  # with a frozen kernel at least 512
@@ -502,7 +518,8 @@ def test_default_block_size(platform, wrt, positions, vocab, blocks):
     shapes = ((positions, 2), jnp.float32), ((2, vocab), jnp.float32), ((positions,), jnp.int32)
     lowered = step.trace(*(jax.ShapeDtypeStruct(*shape) for shape in shapes)).lower(lowering_platforms=(platform,))
     found = re.findall(rf"-> tensor<(\d+)x{vocab}xf32>", lowered.as_text())
-    assert set(map(int, found)) - {2} == {positions // blocks}  # 2 features: the kernel's gradient
+    # 2 features: the kernel's gradient; 1: a row of the kernel, in the check of what is not finite.
+    assert set(map(int, found)) - {1, 2} == {positions // blocks}
 
 
 # --- transformations --------------------------------------------------------------------------------------------------
