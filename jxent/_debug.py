@@ -32,7 +32,7 @@ def report_values(function, keep, masked=(), **arrays):
     `masked`, -inf stands for a masked class.
     """
     for name, array in arrays.items():
-        if array is None or by_index(array) or not _checkable(array):
+        if array is None or by_index(array) or not _checkable(array, keep):
             continue
         bad = jnp.isnan(array) | (array == jnp.inf)
         if name not in masked:
@@ -44,9 +44,12 @@ def report_values(function, keep, masked=(), **arrays):
         )
 
 
-def _checkable(array):
+def _checkable(*arrays):
     # On a mesh of Explicit axes a check cannot be vmapped: JAX sorts the errors of all examples.
-    return array.size > 0 and AxisType.Explicit not in jax.typeof(array).sharding.mesh.axis_types
+    return all(
+        array is None or (array.size > 0 and AxisType.Explicit not in jax.typeof(array).sharding.mesh.axis_types)
+        for array in arrays
+    )
 
 
 def _first(bad, **values):
