@@ -378,7 +378,7 @@ def resume(smoke, folder):
         rows = []
         for kill_at in tqdm(kills, desc="kill and resume", unit="kill"):
             step = train_until(kill_at, changes, broken)
-            saved = max(int(path.name) for path in (broken / "checkpoints").iterdir() if path.name.isdigit())
+            saved = max((int(path.name) for path in broken.glob("checkpoints/*") if path.name.isdigit()), default=0)
             rows.append([f"killed after step {step}", f"continued from step {saved}"])
         train_until(None, changes, broken)
         (curve, state), (broken_curve, broken_state) = last_checkpoint(whole), last_checkpoint(broken)
