@@ -25,6 +25,7 @@ import ast
 import dataclasses
 import difflib
 import hashlib
+import importlib
 import json
 import marshal
 import os
@@ -341,8 +342,8 @@ def main():
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
-    import chex, hypothesis, jax, mpmath, numpy, pytest  # noqa: E401, F401, I001  before the forks
-    import jax.experimental.custom_partitioning, jax.experimental.checkify, jax.export  # noqa: E401, F401
+    for name in ("chex", "hypothesis", "mpmath", "pytest", "jax.experimental.custom_partitioning", "jax.export"):
+        importlib.import_module(name)  # once, before the forks
 
     log = (args.state / f"{clone.name}.jsonl").open("a")
     for stage in ["quick"] if args.quick else ["quick", "wide"]:

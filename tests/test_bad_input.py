@@ -825,6 +825,14 @@ def test_checkify_names_parameters_that_are_not_finite(name):
         assert checked(jxent.linear_cross_entropy)(**arrays | {"bias": floats(C).at[4].set(-jnp.inf)})[0].get() is None
 
 
+def test_checkify_counts_no_position_beyond_an_int32():
+    """Of 2**32 logits the position of the first bad one is looked for axis by axis."""
+    shapes = jax.ShapeDtypeStruct((2**20, 2**12), jnp.float32), jax.ShapeDtypeStruct((2**20,), jnp.int32)
+    program = str(jax.make_jaxpr(checkify.checkify(jxent.cross_entropy))(*shapes))
+    assert "bool[1048576,4096]" in program
+    assert str(2**32) not in program
+
+
 @pytest.mark.parametrize("function", [*LOSSES, LINEAR])
 def test_checkify_leaves_probabilities_alone(function):
     assert checked(summed_loss(function))(LOGITS, PROBABILITIES)[0].get() is None
