@@ -92,6 +92,10 @@ SOFTMAX = tests(
     softmax="ties; infinite_and_nan_logits; rows_without_classes[-inf-softmax]; "
     "rows_without_classes[-inf-log_softmax]; axis_none_and_keepdims; where_selects_classes[log_softmax]; "
     "dtypes[softmax-bfloat16]",
+) + tests(
+    exactness="softmax_gradient_of_ties",
+    package="a_call_is_one_program[softmax]; a_call_is_one_program[logsumexp]",
+    sharding="axis_name_in_shard_map[8-logsumexp-False]; softmaxes_with_axis_name[log_softmax-False]",
 )
 LINEAR = tests(
     linear_cross_entropy="block_size_changes_nothing[(33,)-mean]; "
@@ -125,10 +129,28 @@ TESTS = {
     "_reduce": REDUCE,
     "_linear_costs": LINEAR,
     "_sweep": LINEAR,
-    "_nll_loss": REDUCE[1:3] + tests(cross_entropy="nll_loss") + REDUCE,
-    "_labels": REDUCE,
-    "_passes": COSTS[:1] + tests(cross_entropy="many_classes[20000--1]; many_classes[50257-0]"),
-    "_blocks": LINEAR[:2] + tests(linear_cross_entropy="no_positions") + LINEAR,
+    "_nll_loss": REDUCE[1:3]
+    + tests(
+        cross_entropy="nll_loss",
+        gradients="nll_loss_of_a_class_without_probability",
+        package="a_call_is_one_program[nll_loss]",
+        sharding="labels_out_of_range_on_shards[nll_loss]; axis_name_in_shard_map[8-nll_loss-probabilities-False]; "
+        "logits_under_jit[nll_loss-batch, sequence, vocabulary-Explicit]; "
+        "logits_under_jit[nll_loss-probabilities-batch, sequence, vocabulary-Explicit]",
+    )
+    + REDUCE,
+    "_labels": REDUCE
+    + tests(
+        bad_input="label_out_of_range_is_nan_in_its_row_alone[cross_entropy-plain-none]; "
+        "label_out_of_range_in_each_dtype; raises[next_token_labels-tokens-scalar-eager]",
+        package="a_call_is_one_program[next_token_labels]",
+    ),
+    "_passes": [
+        *COSTS[:1],
+        "tests/test_blocks.py",
+        *tests(cross_entropy="many_classes[20000--1]; many_classes[50257-0]"),
+    ],
+    "_blocks": LINEAR[:2] + tests(blocks="blocks_of_positions", linear_cross_entropy="no_positions") + LINEAR,
     "_sharded": SHARDED,
     "_shards": tests(exactness="float32_on_shards[shard_map-8]", sharding="stats_with_axis_name") + SHARDED,
     "_layout": SHARDED,

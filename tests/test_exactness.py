@@ -230,6 +230,14 @@ def test_softmax_gradient_of_a_confident_row():
     assert worst(vjp(jnp.asarray(cotangent))[0], want) < BOUND
 
 
+def test_softmax_gradient_of_ties():
+    """A cotangent with a common part, which the gradient does not depend on."""
+    cotangent = np.random.default_rng(0).normal(size=1000).astype(np.float32) + np.float32(100)
+    (gradient,) = jax.vjp(jxent.softmax, jnp.zeros(1000))[1](jnp.asarray(cotangent))
+    g = cotangent.astype(np.float64)
+    np.testing.assert_allclose(gradient, (g - g.mean()) / 1000, rtol=0, atol=1e-5 / 1000)
+
+
 @pytest.mark.parametrize("kind", ["index", "probabilities"])
 def test_softcap_of_a_confident_row(kind):
     """The capped logits differ by less than they round: x - m must not be the difference of two rounded tanh."""

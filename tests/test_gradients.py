@@ -99,6 +99,22 @@ def test_nll_loss(kind):
         np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-14)
 
 
+def test_nll_loss_of_a_class_without_probability():
+    """It costs infinity where it is wanted, and nothing where it is not: 0 times infinity is 0."""
+    log_p, labels = jnp.array([[-1.0, -np.inf], [-np.inf, -2.0]]), jnp.array([[0.5, 0.0], [0.5, 1.0]])
+    weight = jnp.array([2.0, 3.0])
+
+    def losses(labels, weight):
+        return jxent.nll_loss(log_p, labels, class_weight=weight, reduction="none")
+
+    value, pull = jax.vjp(losses, labels, weight)
+    np.testing.assert_array_equal(value, [1, np.inf])
+    gradients = pull(jnp.ones(2))
+    np.testing.assert_array_equal(gradients[0], [[2, 0], [np.inf, 6]])
+    np.testing.assert_array_equal(gradients[1], [np.inf, 2])
+    np.testing.assert_array_equal(pull(jnp.array([1.0, 0.0]))[0][0], [2, 0])
+
+
 @pytest.mark.parametrize("axis", [-1, 0, (0, 2), None])
 @pytest.mark.parametrize("name", ["logsumexp", "softmax", "log_softmax"])
 def test_softmax_family(name, axis):

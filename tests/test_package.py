@@ -5,6 +5,8 @@ import pathlib
 import subprocess
 import sys
 
+import jax
+import numpy as np
 import pytest
 
 import jxent
@@ -33,3 +35,22 @@ def test_import_touches_no_device():
     program = "import jax, jxent; jax.config.update('jax_num_cpu_devices', 3); print(jax.device_count())"
     out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert out.stdout.split() == ["3"], out.stderr
+
+
+ONES, LABELS = np.ones((2, 3), np.float32), np.ones(2, np.int32)
+CALLS = {
+    "cross_entropy": (ONES, LABELS),
+    "linear_cross_entropy": (ONES, ONES.T, LABELS),
+    "log_softmax": (ONES,),
+    "logsumexp": (ONES,),
+    "next_token_labels": (LABELS,),
+    "nll_loss": (ONES, LABELS),
+    "softmax": (ONES,),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_call_is_one_program(name):
+    """Compiled as a whole, outside `jit` too."""
+    equations = jax.make_jaxpr(getattr(jxent, name))(*CALLS[name]).eqns
+    assert [equation.primitive.name for equation in equations] == ["jit"]

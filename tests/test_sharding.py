@@ -577,21 +577,24 @@ def test_padded_vocabulary(label_smoothing):
     assert not np.any(db[61:])
 
 
-def test_labels_out_of_range_on_shards():
+@pytest.mark.parametrize("name", ["cross_entropy", "nll_loss", "linear"])
+def test_labels_out_of_range_on_shards(name):
     """NaN at their own position, on whatever shard a wrapped or clamped index would fall."""
     labels = LABELS.copy()
     labels[1, :4] = [-1, -8, VOCAB, VOCAB + 8]
+    function, names, _ = CALLS[name]
     f = jax.shard_map(
-        partial(jxent.linear_cross_entropy, axis_name="vocab", reduction="none"),
+        partial(function, axis_name="vocab", reduction="none"),
         mesh=mesh_of("Auto", vocab=8),
-        in_specs=(P(), SPECS["kernel"], P()),
+        in_specs=tuple(SPECS.get(a, P()) for a in names),
         out_specs=P(),
     )
-    losses, pull = jax.vjp(f, HIDDEN, KERNEL, labels)
+    arrays = [jnp.asarray(labels if a == "labels" else ARRAYS[a]) for a in names]
+    losses, pull = jax.vjp(f, *arrays)
     bad = np.zeros_like(labels, bool)
     bad[1, :4] = True
     np.testing.assert_array_equal(np.isnan(losses), bad)
-    np.testing.assert_array_equal(np.isnan(pull(np.ones_like(losses))[0]).all(-1), bad)
+    np.testing.assert_array_equal(np.isnan(pull(jnp.ones_like(losses))[0]).all(-1), bad)
 
 
 def test_what_moves_in_shard_map():
