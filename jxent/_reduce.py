@@ -24,7 +24,7 @@ def counted(labels, where, ignore_index, shape, placed):
     """
     keep = None
     if by_index(labels) and _holds(labels.dtype, ignore_index):
-        keep = labels != ignore_index
+        keep = labels != labels.dtype.type(ignore_index)  # as it is, one beyond an int32 would overflow
     if where is None:
         return keep
     where = placed(jnp.broadcast_to(where, shape))

@@ -158,7 +158,7 @@ def test_excluded_positions_reach_nothing(reduction, poison, kind):
     assert np.all(np.asarray(poisoned[1][0])[out] == 0)
 
 
-@pytest.mark.parametrize("ignore_index", [-128, -100, -1, 2, 127, 255])
+@pytest.mark.parametrize("ignore_index", [-(2**31), -100, -1, 2, 255, 2**31 - 1, 2**32 - 1])
 @pytest.mark.parametrize("dtype", [np.int8, np.int32, np.uint8, np.uint32])
 def test_ignore_index(dtype, ignore_index):
     if not np.iinfo(dtype).min <= ignore_index <= np.iinfo(dtype).max:
@@ -344,9 +344,9 @@ def test_next_token_labels():
     np.testing.assert_array_equal(jxent.next_token_labels(tokens[0], ignore_index=0), [6, 7, 0])
     np.testing.assert_array_equal(jxent.next_token_labels(tokens[:, :1]), [[-100], [-100]])
     chex.assert_type(jxent.next_token_labels(tokens.astype(jnp.int16)), jnp.int16)
-    for bound in (-128, 127):
-        narrow = jxent.next_token_labels(tokens[0].astype(jnp.int8), ignore_index=bound)
-        np.testing.assert_array_equal(narrow, [6, 7, bound])
+    for dtype, bound in ((jnp.int8, -128), (jnp.int8, 127), (jnp.uint32, 2**32 - 1)):
+        labels = jxent.next_token_labels(tokens[0].astype(dtype), ignore_index=bound)
+        np.testing.assert_array_equal(labels, [6, 7, bound])
     logits = jnp.zeros((2, 3, 9))
     assert jxent.cross_entropy(logits, jxent.next_token_labels(tokens), return_stats=True)[1].weight == 4
 
