@@ -41,6 +41,7 @@ import time
 ROOT = pathlib.Path(__file__).parents[1]
 RECORD = ROOT / "benchmarks" / "records" / "mutation.json"
 PATIENCE = 4  # and a minute more
+ALIVE = {"outcome": "survived", "met": frozenset()}
 os.environ |= {"JAX_PLATFORMS": "cpu", "PYTHONDONTWRITEBYTECODE": "1"}
 os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
@@ -153,7 +154,9 @@ TESTS = {
         "tests/test_blocks.py",
         *tests(cross_entropy="many_classes[20000--1]; many_classes[50257-0]"),
     ],
-    "_blocks": LINEAR[:2] + tests(blocks="blocks_of_positions", linear_cross_entropy="no_positions") + LINEAR,
+    "_blocks": LINEAR[:2]
+    + tests(blocks="blocks_of_positions; blocks_are_strided", linear_cross_entropy="no_positions")
+    + LINEAR,
     "_sharded": SHARDED,
     "_shards": tests(exactness="float32_on_shards[shard_map-8]", sharding="stats_with_axis_name") + SHARDED,
     "_layout": SHARDED,
@@ -273,10 +276,9 @@ def results_in(state):
     found = {}
     for path in state.glob("*.jsonl"):
         for result in map(json.loads, path.read_text().splitlines()):
-            known = found.setdefault(result["id"], {"outcome": "survived", "met": set()})
-            known["met"].add(result["tests"])
-            if result["outcome"] != "survived":
-                known["outcome"] = result["outcome"]
+            known = found.get(result["id"], ALIVE)
+            outcome = result["outcome"] if known["outcome"] == "survived" else known["outcome"]
+            found[result["id"]] = {"outcome": outcome, "met": known["met"] | {result["tests"]}}
     return found
 
 
@@ -359,17 +361,13 @@ def main():
         importlib.import_module(name)  # once, before the forks
 
     log = (args.state / f"{clone.name}.jsonl").open("a")
-    reasons = before()[1]
+    equivalent = {key for key, reason in before()[1].items() if reason.startswith("equivalent")}
     for module in wanted:
         names, results = TESTS[module], results_in(args.state)
         met = hashlib.sha1("; ".join(names).encode()).hexdigest()[:12]
-
-        def is_done(mutant, results=results, met=met):
-            result = results.get(mutant.id)
-            equivalent = reasons.get((mutant.module, mutant.diff), "").startswith("equivalent")
-            return result and (result["outcome"] != "survived" or met in result["met"] or equivalent)
-
-        todo = [mutant for mutant in drawn[module][1] if not is_done(mutant)]
+        alive = [m for m in drawn[module][1] if results.get(m.id, ALIVE)["outcome"] == "survived"]
+        alive = [m for m in alive if (module, m.diff) not in equivalent]
+        todo = [m for m in alive if met not in results.get(m.id, ALIVE)["met"]]
         if not todo or time.monotonic() > until:
             continue
         path = clone / "jxent" / f"{module}.py"

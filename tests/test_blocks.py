@@ -79,3 +79,9 @@ def test_blocks_of_positions(shape, most, size, steps):
         copy = put(blocks, i, copy, block)
     np.testing.assert_array_equal(seen, 1)
     np.testing.assert_array_equal(copy, places)
+
+
+def test_blocks_are_strided():
+    """So that each has a slice of every shard; but of neighbours where no divisor will do."""
+    np.testing.assert_array_equal(take(blocks_of((24,), 5), 1, jnp.arange(24)), [1, 7, 13, 19])
+    np.testing.assert_array_equal(take(blocks_of((26,), 12), 2, jnp.arange(26)), np.arange(17, 26))
