@@ -15,8 +15,8 @@ from jxent._passes import blocks_in
 @pytest.mark.parametrize(
     ("classes", "number"),
     {
-        1000: 40, 20000: 160, 32000: 256, 32768: 256, 32769: 99, 50257: 29, 65536: 256, 131072: 256, 151936: 128,
-        200064: 384, 1000000: 320, 1048576: 512,
+        1000: 40, 20000: 160, 32000: 256, 32064: 192, 32768: 256, 32769: 99, 50257: 29, 65536: 256, 131072: 256,
+        151936: 128, 200064: 384, 1000000: 320, 1048576: 512,
         # No divisor will do where blocks would be shorter than 16 classes, or longer than 2^15, or single classes.
         32: 1, 34: 2, 48: 1, 64: 1, 97: 1, 272: 16, 65537: 1, 999958: 1, 3 * 32749: 3, 2 * 32771: 1,
     }.items(),
@@ -45,6 +45,12 @@ def test_sums_over_many_classes_are_in_blocks_on_a_cpu(name, dtype, most, platfo
     assert (f"tensor<8x256x{most // 256 + 1}x" in program(most + 256)) == (platform == "cpu")
 
 
+def test_sums_over_two_axes():
+    """Of which the first alone would be in blocks."""
+    x = jnp.linspace(0, 1, 33024 * 2).reshape(33024, 2)
+    np.testing.assert_allclose(jxent.logsumexp(x, (0, 1)), np.log(np.sum(np.exp(np.asarray(x, float)))), rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("shape", "most", "size", "steps"),
     [
@@ -62,6 +68,7 @@ def test_sums_over_many_classes_are_in_blocks_on_a_cpu(name, dtype, most, platfo
         ((347, 3), 64, (21, 3), (17, 1)),
         ((6, 6), 4, (1, 3), (6, 2)),  # and another, where one of its positions is too much
         ((2, 3, 5), 4, (2, 2, 1), (1, 2, 5)),
+        ((11, 7), 4, (1, 4), (11, 2)),
         ((3, 31), 1, (1, 1), (3, 31)),
     ],
     ids=str,
