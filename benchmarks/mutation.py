@@ -85,7 +85,10 @@ COSTS = [
         exactness="near_one_hot_labels; softcap_of_a_confident_row[index]; smoothing_towards_one_class[0]; "
         "equal_logits[1.0]; half_precision_logits[bfloat16-3]",
         cross_entropy="huge_finite_logits_are_no_mask[-3e+38]; a_masked_class_is_no_class[{}-probabilities]; "
-        "a_masked_class_is_no_class[{'logit_softcap': 5.0}-index]; stats_of_a_confident_wrong_row",
+        "a_masked_class_is_no_class[{'logit_softcap': 5.0}-index]; stats_of_a_confident_wrong_row; "
+        "smoothing_over_no_class_costs_infinity",
+        gradients="a_class_without_probability[cross_entropy]",
+        blocks="sums_over_many_classes_are_in_blocks_on_a_cpu",
     ),
 ]
 SOFTMAX = tests(
@@ -136,7 +139,7 @@ TESTS = {
     "_nll_loss": REDUCE[1:3]
     + tests(
         cross_entropy="nll_loss",
-        gradients="nll_loss_of_a_class_without_probability",
+        gradients="a_class_without_probability[nll_loss]",
         package="a_call_is_one_program[nll_loss]",
         sharding="labels_out_of_range_on_shards[nll_loss]; axis_name_in_shard_map[8-nll_loss-probabilities-False]; "
         "logits_under_jit[nll_loss-batch, sequence, vocabulary-Explicit]; "

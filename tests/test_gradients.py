@@ -99,20 +99,27 @@ def test_nll_loss(kind):
         np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-14)
 
 
-def test_nll_loss_of_a_class_without_probability():
+@pytest.mark.parametrize("name", ["cross_entropy", "nll_loss", "linear_cross_entropy"])
+def test_a_class_without_probability(name):
     """It costs infinity where it is wanted, and nothing where it is not: 0 times infinity is 0."""
-    log_p, labels = jnp.array([[-1.0, -np.inf], [-np.inf, -2.0]]), jnp.array([[0.5, 0.0], [0.5, 1.0]])
-    weight = jnp.array([2.0, 3.0])
+    logits, weight = jnp.array([0.0, 0.0, -np.inf]), jnp.array([2.0, 3.0, 5.0])
+    labels = jnp.array([[0.5, 0.5, 0.0], [0.25, 0.25, 0.5]])
 
     def losses(labels, weight):
-        return jxent.nll_loss(log_p, labels, class_weight=weight, reduction="none")
+        options = {"class_weight": weight, "reduction": "none"}
+        if name == "linear_cross_entropy":
+            return jxent.linear_cross_entropy(jnp.ones((2, 1)), jnp.zeros((1, 3)), labels, bias=logits, **options)
+        rows = jnp.broadcast_to(logits, (2, 3))
+        if name == "nll_loss":
+            return jxent.nll_loss(jxent.log_softmax(rows), labels, **options)
+        return jxent.cross_entropy(rows, labels, **options)
 
     value, pull = jax.vjp(losses, labels, weight)
-    np.testing.assert_array_equal(value, [1, np.inf])
-    gradients = pull(jnp.ones(2))
-    np.testing.assert_array_equal(gradients[0], [[2, 0], [np.inf, 6]])
-    np.testing.assert_array_equal(gradients[1], [np.inf, 2])
-    np.testing.assert_array_equal(pull(jnp.array([1.0, 0.0]))[0][0], [2, 0])
+    log_2 = np.log(2)
+    np.testing.assert_allclose(value, [2.5 * log_2, np.inf])
+    grad_labels, grad_weight = pull(jnp.ones(2))
+    np.testing.assert_allclose(grad_labels, [[2 * log_2, 3 * log_2, 0], [2 * log_2, 3 * log_2, np.inf]])
+    np.testing.assert_allclose(grad_weight, [0.75 * log_2, 0.75 * log_2, np.inf])
 
 
 @pytest.mark.parametrize("axis", [-1, 0, (0, 2), None])
