@@ -86,10 +86,13 @@ COSTS = [
         "equal_logits[1.0]; half_precision_logits[bfloat16-3]",
         cross_entropy="huge_finite_logits_are_no_mask[-3e+38]; a_masked_class_is_no_class[{}-probabilities]; "
         "a_masked_class_is_no_class[{'logit_softcap': 5.0}-index]; stats_of_a_confident_wrong_row; "
-        "smoothing_over_no_class_costs_infinity",
-        gradients="a_class_without_probability[cross_entropy]",
+        "smoothing_over_no_class_costs_infinity; a_masked_class_is_no_class[{'label_smoothing': 0.1}-index]; "
+        "stats[probabilities]; mixed_dtypes_promote; more_classes_than_float32_counts",
+        gradients="a_class_without_probability[cross_entropy]; cross_entropy[index-none-None]",
         blocks="sums_over_many_classes_are_in_blocks_on_a_cpu",
+        sharding="labels_out_of_range_on_shards[cross_entropy]",
     ),
+    *tests(exactness="sums_of_positive_terms[index-{'label_smoothing': 0.1}-1000]"),
 ]
 SOFTMAX = tests(
     exactness="float32[10-50.0]; softmax_gradient_of_a_confident_row",

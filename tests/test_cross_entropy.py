@@ -262,12 +262,18 @@ def test_stats_carry_no_gradient():
 def test_a_masked_class_is_no_class(options, kind):
     """A logit of -inf gives the loss and the gradients of the rows without that class."""
     logits, labels, _ = data(kind, np.float32)
-    masked = np.insert(logits, 2, -np.inf, -1)
+    weight = np.linspace(0.5, 2, C).astype(np.float32)
+    masked = np.insert(logits, 2, -np.inf, -1), np.insert(weight, 2, 7)
     wider = np.where(labels >= 2, labels + 1, labels) if kind == "index" else np.insert(labels, 2, 0, -1)
-    loss = jax.value_and_grad(lambda x, t: jxent.cross_entropy(x, t, **options))
-    (value, gradient), (want, want_gradient) = loss(masked, wider), loss(logits, labels)
+
+    def loss(arrays, labels):
+        return jxent.cross_entropy(arrays[0], labels, class_weight=arrays[1], **options)
+
+    value, gradients = jax.value_and_grad(loss)(masked, wider)
+    want, want_gradients = jax.value_and_grad(loss)((logits, weight), labels)
     np.testing.assert_allclose(value, want, rtol=1e-6)
-    np.testing.assert_allclose(gradient, np.insert(want_gradient, 2, 0, -1), rtol=1e-5, atol=1e-8)
+    want_gradients = [np.insert(g, 2, 0, -1) for g in want_gradients]
+    chex.assert_trees_all_close(list(gradients), want_gradients, rtol=1e-5, atol=1e-7)
 
 
 def test_smoothing_over_no_class_costs_infinity():
