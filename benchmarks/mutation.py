@@ -138,7 +138,12 @@ TESTS = {
     "_softmax": SOFTMAX,
     "_reduce": REDUCE,
     "_linear_costs": LINEAR,
-    "_sweep": LINEAR,
+    "_sweep": LINEAR
+    + tests(
+        linear_cross_entropy="default_block_size; float16_gradients_of_a_large_z_loss; "
+        "float16_probabilities_of_large_costs; float16_gradients_survive_a_scaled_loss; "
+        "float16_of_smoothing_alone",
+    ),
     "_nll_loss": REDUCE[1:3]
     + tests(
         cross_entropy="nll_loss",

@@ -267,6 +267,18 @@ def test_float16_gradients_of_a_large_z_loss():
     np.testing.assert_allclose(got, want, rtol=0, atol=4e-3 * float(jnp.abs(want).max()))
 
 
+def test_float16_of_smoothing_alone():
+    """Where the label itself costs nothing, the coefficients of the smoothing are what must fit into float16."""
+    hidden, kernel, _, labels = arrays((4,), 3, 8, dtype=np.float32)
+
+    def gradient(dtype):
+        loss = partial(jxent.linear_cross_entropy, hidden.astype(dtype), labels=labels, label_smoothing=1.0)
+        return jax.grad(lambda k: loss(k, sample_weight=1e5, reduction="sum") / 1e5)(kernel.astype(dtype))
+
+    got, want = gradient(jnp.float16), gradient(jnp.float32)
+    np.testing.assert_allclose(got, want, rtol=0, atol=4e-3 * float(jnp.abs(want).max()))
+
+
 # --- masks ------------------------------------------------------------------------------------------------------------
 
 
