@@ -364,6 +364,8 @@ def test_huge_finite_logits_are_no_mask(value):
     np.testing.assert_allclose(gradient[0, 2], -0.1 / 3, rtol=1e-6)
     _, pull = jax.vjp(jxent.log_softmax, logits)
     np.testing.assert_allclose(pull(jnp.ones((1, 3)))[0][0, 2], 1, rtol=1e-6)
+    capped = [jxent.cross_entropy(x, probabilities, logit_softcap=5.0) for x in (logits, logits.at[0, 2].set(-1e4))]
+    np.testing.assert_allclose(*capped, rtol=1e-6)
 
 
 def test_negative_weights():
