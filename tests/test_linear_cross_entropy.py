@@ -268,6 +268,14 @@ def test_float16_gradients_of_a_large_z_loss():
     np.testing.assert_allclose(got, want, rtol=0, atol=4e-3 * float(jnp.abs(want).max()))
 
 
+def test_float16_where_nothing_counts():
+    """No coefficient to scale by: gradients of 0."""
+    hidden, kernel, _, _ = arrays((4,), 3, 8, dtype=np.float16)
+    loss = partial(jxent.linear_cross_entropy, labels=jnp.full(4, -100), reduction="sum")
+    for gradient in jax.grad(loss, (0, 1))(hidden, kernel):
+        np.testing.assert_array_equal(gradient, 0)
+
+
 def test_float16_of_smoothing_alone():
     """Where the label itself costs nothing, the coefficients of the smoothing are what must fit into float16."""
     hidden, kernel, _, labels = arrays((4,), 3, 8, dtype=np.float32)
