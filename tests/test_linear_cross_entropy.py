@@ -268,10 +268,11 @@ def test_float16_gradients_of_a_large_z_loss():
     np.testing.assert_allclose(got, want, rtol=0, atol=4e-3 * float(jnp.abs(want).max()))
 
 
-def test_float16_where_nothing_counts():
+@pytest.mark.parametrize("options", [{"where": False}, {"sample_weight": 0.0}], ids=str)
+def test_float16_where_nothing_counts(options):
     """No coefficient to scale by: gradients of 0."""
-    hidden, kernel, _, _ = arrays((4,), 3, 8, dtype=np.float16)
-    loss = partial(jxent.linear_cross_entropy, labels=jnp.full(4, -100), reduction="sum")
+    hidden, kernel, _, labels = arrays((4,), 3, 8, dtype=np.float16)
+    loss = partial(jxent.linear_cross_entropy, labels=labels, reduction="sum", **options)
     for gradient in jax.grad(loss, (0, 1))(hidden, kernel):
         np.testing.assert_array_equal(gradient, 0)
 
