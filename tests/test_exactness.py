@@ -205,6 +205,17 @@ def test_softcap(margin):
     np.testing.assert_allclose(slope[2] / slope[1], ratio, rtol=1e-4)  # exp(-2 u) rounds u = 33 to 2e-6, doubled
 
 
+@pytest.mark.parametrize("weights", [[1, 1, 1, 1], [0.5, 2, 1, 3]])
+def test_smoothing_of_a_confident_row(weights):
+    """The gradient of the largest logit, too, whose probability is 1 but for 1e-8."""
+    logits, w = np.array([1.0, 20.0, 0.0, -3.0], np.float32), np.array(weights, np.float32)
+    options = {"class_weight": None if weights[0] == 1 else jnp.asarray(w), "label_smoothing": 0.1, "reduction": "sum"}
+    got = jax.grad(lambda x: jxent.cross_entropy(x, jnp.array(1), **options))(jnp.asarray(logits))
+    p = np.exp(oracle.log_softmax(logits))
+    want = 0.9 * w[1] * oracle.logit_gradient(logits, np.array(1)) + 0.1 / 4 * (p * w.sum() - w)
+    assert worst(got, want) < BOUND
+
+
 def test_near_one_hot_labels():
     """The gradient of a confident row under nearly one-hot labels, where p * sum(q) - q cancels."""
     logits = np.array([[25.0, 0.0, -1.0]], np.float32)
