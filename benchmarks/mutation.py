@@ -94,6 +94,7 @@ COSTS = [
     ),
     *tests(
         exactness="sums_of_positive_terms[index-{'label_smoothing': 0.1}-1000]; smoothing_of_a_confident_row",
+        cross_entropy="smoothing_over_one_class",
     ),
 ]
 SOFTMAX = tests(
@@ -157,6 +158,7 @@ TESTS = {
         sharding="labels_out_of_range_on_shards[nll_loss]; axis_name_in_shard_map[8-nll_loss-probabilities-False]; "
         "logits_under_jit[nll_loss-batch, sequence, vocabulary-Explicit]; "
         "logits_under_jit[nll_loss-probabilities-batch, sequence, vocabulary-Explicit]",
+        torch_fixtures="agrees_with_pytorch[nll_loss-index-float64-3]",
     )
     + REDUCE,
     "_labels": REDUCE

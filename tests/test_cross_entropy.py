@@ -281,6 +281,13 @@ def test_smoothing_over_no_class_costs_infinity():
     assert jxent.cross_entropy(jnp.full(3, -jnp.inf), jnp.array(0), label_smoothing=0.1) == np.inf
 
 
+def test_smoothing_over_one_class():
+    loss = jax.value_and_grad(lambda x: jxent.cross_entropy(x, jnp.array(1), label_smoothing=0.1))
+    value, gradient = loss(jnp.array([-jnp.inf, 3.0, -jnp.inf]))
+    assert value == 0
+    np.testing.assert_array_equal(gradient, 0)
+
+
 def test_a_masked_label():
     loss, gradient = jax.value_and_grad(lambda x: jxent.cross_entropy(x, jnp.array(0)))(jnp.array([-jnp.inf, 0.0, 0.0]))
     assert loss == np.inf
