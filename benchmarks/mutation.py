@@ -76,35 +76,28 @@ def tests(**names):
 
 
 # Quick and decisive ones first, and few parameters of each: what survives costs a minute.
-COSTS = [
-    *tests(exactness="float32[10-50.0]"),
-    *tests(transformations="forward_over_reverse[cross_entropy-index]; forward_over_reverse[cross_entropy-softcap]"),
-    *tests(transformations="forward_over_reverse[cross_entropy-smooth-probability]"),
-    *tests(cross_entropy="stats[index]; many_classes[20000-0]"),
-    *tests(
-        exactness="near_one_hot_labels; softcap_of_a_confident_row[index]; smoothing_towards_one_class[0]; "
-        "equal_logits[1.0]; half_precision_logits[bfloat16-3]",
-        cross_entropy="huge_finite_logits_are_no_mask[-3e+38]; a_masked_class_is_no_class[{}-probabilities]; "
-        "a_masked_class_is_no_class[{'logit_softcap': 5.0}-index]; stats_of_a_confident_wrong_row; "
-        "smoothing_over_no_class_costs_infinity; a_masked_class_is_no_class[{'label_smoothing': 0.1}-index]; "
-        "stats[probabilities]; mixed_dtypes_promote; more_classes_than_float32_counts",
-        gradients="a_class_without_probability[cross_entropy]; cross_entropy[index-none-None]",
-        blocks="sums_over_many_classes_are_in_blocks_on_a_cpu",
-        sharding="labels_out_of_range_on_shards[cross_entropy]",
-    ),
-    *tests(
-        exactness="sums_of_positive_terms[index-{'label_smoothing': 0.1}-1000]; smoothing_of_a_confident_row",
-        cross_entropy="smoothing_over_one_class",
-    ),
-]
+COSTS = tests(
+    exactness="float32[10-50.0]; near_one_hot_labels; softcap_of_a_confident_row[index]; "
+    "smoothing_towards_one_class[0]; equal_logits[1.0]; half_precision_logits[bfloat16-3]; "
+    "sums_of_positive_terms[index-{'label_smoothing': 0.1}-1000]; smoothing_of_a_confident_row; "
+    "a_cost_of_the_normalizer_alone",
+    transformations="forward_over_reverse[cross_entropy-index]; forward_over_reverse[cross_entropy-softcap]; "
+    "forward_over_reverse[cross_entropy-smooth-probability]",
+    cross_entropy="stats[index]; stats[probabilities]; many_classes[20000-0]; huge_finite_logits_are_no_mask[-3e+38]; "
+    "a_masked_class_is_no_class[{}-probabilities]; a_masked_class_is_no_class[{'logit_softcap': 5.0}-index]; "
+    "a_masked_class_is_no_class[{'label_smoothing': 0.1}-index]; stats_of_a_confident_wrong_row; "
+    "smoothing_over_no_class_costs_infinity; smoothing_over_one_class; mixed_dtypes_promote; "
+    "more_classes_than_float32_counts",
+    gradients="a_class_without_probability[cross_entropy]; cross_entropy[index-none-None]",
+    blocks="sums_over_many_classes_are_in_blocks_on_a_cpu",
+    sharding="labels_out_of_range_on_shards[cross_entropy]",
+)
 SOFTMAX = tests(
-    exactness="float32[10-50.0]; softmax_gradient_of_a_confident_row",
+    exactness="float32[10-50.0]; softmax_gradient_of_a_confident_row; softmax_gradient_of_ties",
     transformations="forward_over_reverse[softmax]; forward_over_reverse[log_softmax]; forward_over_reverse[logsumexp]",
     softmax="ties; infinite_and_nan_logits; rows_without_classes[-inf-softmax]; "
     "rows_without_classes[-inf-log_softmax]; axis_none_and_keepdims; where_selects_classes[log_softmax]; "
     "dtypes[softmax-bfloat16]",
-) + tests(
-    exactness="softmax_gradient_of_ties",
     package="a_call_is_one_program[softmax]; a_call_is_one_program[logsumexp]",
     sharding="axis_name_in_shard_map[8-logsumexp-False]; softmaxes_with_axis_name[log_softmax-False]",
 )
@@ -139,6 +132,9 @@ TESTS = {
     "_rows": COSTS
     + tests(
         cross_entropy="a_probability_of_a_masked_class_costs_infinity; many_classes_with_the_last_but_one_as_the_label",
+        softmax="rows_without_classes; scalars_and_rows_without_classes; empty_arrays",
+        memory="losses[logsumexp-(2048, 1000)-float32]; losses[index-(64, 131072)-bfloat16]",
+        sharding="axis_name_in_shard_map[8-cross_entropy-True]",
     ),
     "_costs": COSTS,
     "_softmax": SOFTMAX,
@@ -304,15 +300,15 @@ def results_in(state):
     return found
 
 
-def before():
-    """The record so far, and (module, diff) -> reason."""
+def last_record():
+    """The committed record, and (module, diff) -> reason."""
     record = json.loads(RECORD.read_text()) if RECORD.exists() else {"note": "", "survivors": []}
     return record, {(s["module"], s["diff"]): s["reason"] for s in record["survivors"]}
 
 
 def write_record(drawn, state, commit):
     """The JSON record of the mutants that have been run; returns it in Markdown."""
-    record, reasons = before()
+    record, reasons = last_record()
     results, table, survivors = results_in(state), {}, []
     if not results:
         return "no results yet"
@@ -383,7 +379,7 @@ def main():
         importlib.import_module(name)  # once, before the forks
 
     log = (args.state / f"{clone.name}.jsonl").open("a")
-    equivalent = {key for key, reason in before()[1].items() if reason.startswith("equivalent")}
+    equivalent = {key for key, reason in last_record()[1].items() if reason.startswith("equivalent")}
     for module in wanted:
         names, results = TESTS[module], results_in(args.state)
         met = hashlib.sha1("; ".join(names).encode()).hexdigest()[:12]

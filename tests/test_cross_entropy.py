@@ -264,17 +264,25 @@ def test_a_masked_class_is_no_class(options, kind):
     """A logit of -inf gives the loss and the gradients of the rows without that class."""
     logits, labels, _ = data(kind, np.float32)
     weight = np.linspace(0.5, 2, C).astype(np.float32)
-    masked = np.insert(logits, 2, -np.inf, -1), np.insert(weight, 2, 7)
     wider = np.where(labels >= 2, labels + 1, labels) if kind == "index" else np.insert(labels, 2, 0, -1)
 
     def loss(arrays, labels):
-        return jxent.cross_entropy(arrays[0], labels, class_weight=arrays[1], **options)
+        class_weight = arrays[1] if len(arrays) == 2 else None
+        return jxent.cross_entropy(arrays[0], labels, class_weight=class_weight, **options)
 
-    value, gradients = jax.value_and_grad(loss)(masked, wider)
-    want, want_gradients = jax.value_and_grad(loss)((logits, weight), labels)
-    np.testing.assert_allclose(value, want, rtol=1e-6)
-    want_gradients = [np.insert(g, 2, 0, -1) for g in want_gradients]
-    chex.assert_trees_all_close(list(gradients), want_gradients, rtol=1e-5, atol=1e-7)
+    for arrays in ((logits,), (logits, weight)):
+        masked = [np.insert(a, 2, value, -1) for a, value in zip(arrays, (-np.inf, 7), strict=False)]
+        value, gradients = jax.value_and_grad(loss)(masked, wider)
+        want, want_gradients = jax.value_and_grad(loss)(arrays, labels)
+        np.testing.assert_allclose(value, want, rtol=1e-6)
+        want_gradients = [np.insert(g, 2, 0, -1) for g in want_gradients]
+        chex.assert_trees_all_close(gradients, want_gradients, rtol=1e-5, atol=1e-8)
+
+
+def test_the_label_of_a_masked_class_has_no_gradient():
+    logits, labels = jnp.array([-jnp.inf, 0.0, 0.0]), jnp.array([0.0, 0.25, 0.75])
+    gradient = jax.grad(lambda q: jxent.cross_entropy(logits, q))(labels)
+    np.testing.assert_allclose(gradient, [0, np.log(2), np.log(2)], rtol=1e-6)
 
 
 def test_smoothing_over_no_class_costs_infinity():

@@ -276,3 +276,13 @@ def test_smoothing_towards_one_class(label):
     assert worst(value, oracle.cross_entropy(logits, np.array([label]), reduction="sum", **options)) < BOUND
     share = 0.1 / 3 + (0.9 if label == 0 else 0)
     assert worst(gradient[0, 0], share * np.expm1(log_p[0])) < BOUND
+
+
+def test_a_cost_of_the_normalizer_alone():
+    """A z-loss where the label's class has no weight: log_z itself is needed, of a row in which the label is wrong."""
+    logits, label = np.array([0.0, -20.0, -21.0], np.float32), np.array(1)
+    options = {"class_weight": np.array([1, 0, 0], np.float32), "z_loss_weight": 1.0, "reduction": "sum"}
+    value, gradient = jax.value_and_grad(partial(jxent.cross_entropy, labels=label, **options))(jnp.asarray(logits))
+    log_p = oracle.log_softmax(logits)
+    assert worst(value, log_p[0] ** 2) < BOUND
+    assert worst(gradient, -2 * log_p[0] * np.exp(log_p)) < BOUND
