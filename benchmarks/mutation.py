@@ -144,7 +144,8 @@ TESTS = {
     + tests(
         linear_cross_entropy="default_block_size; float16_gradients_of_a_large_z_loss; "
         "float16_probabilities_of_large_costs; float16_gradients_survive_a_scaled_loss; "
-        "float16_of_smoothing_alone; float16_where_nothing_counts; equals_cross_entropy",
+        "float16_of_smoothing_alone; float16_where_nothing_counts; equals_cross_entropy; scalar_position; "
+        "float16_gradients_of_confident_positions_survive",
     ),
     "_nll_loss": REDUCE[1:3]
     + tests(

@@ -62,10 +62,13 @@ def test_every_set_of_options(kind):
 @pytest.mark.parametrize("kind", ["index", "probabilities"])
 def test_nll_loss(kind, reduction):
     logits, labels, weights = data(kind)
+    log_probs = jxent.log_softmax(logits)
     for options in ({}, {"class_weight": weights["class_weight"]}, weights):
-        got = jxent.nll_loss(jxent.log_softmax(logits), labels, reduction=reduction, **options)
         want = oracle.cross_entropy(logits, labels, reduction=reduction, **options)
-        np.testing.assert_allclose(got, want, rtol=1e-13)
+        for axis in (-1, 0):
+            x, t = (np.moveaxis(a, -1, axis) if a.ndim == 3 else a for a in (log_probs, labels))
+            got = jxent.nll_loss(x, t, axis=axis, reduction=reduction, **options)
+            np.testing.assert_allclose(got, want, rtol=1e-13)
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2, -1, -2, -3])

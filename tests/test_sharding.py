@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from hlo import collectives
 from jax import lax
+from jax.experimental import checkify
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -579,7 +580,7 @@ def test_padded_vocabulary(label_smoothing):
 
 @pytest.mark.parametrize("name", ["cross_entropy", "nll_loss", "linear"])
 def test_labels_out_of_range_on_shards(name):
-    """NaN at their own position, on whatever shard a wrapped or clamped index would fall."""
+    """NaN at their own position, on whatever shard a wrapped or clamped index would fall; and `checkify` names them."""
     labels = LABELS.copy()
     labels[1, :4] = [-1, -8, VOCAB, VOCAB + 8]
     function, names, _ = CALLS[name]
@@ -595,6 +596,9 @@ def test_labels_out_of_range_on_shards(name):
     bad[1, :4] = True
     np.testing.assert_array_equal(np.isnan(losses), bad)
     np.testing.assert_array_equal(np.isnan(pull(jnp.ones_like(losses))[0]).all(-1), bad)
+    error, _ = checkify.checkify(f, errors=checkify.user_checks)(*arrays)
+    with pytest.raises(checkify.JaxRuntimeError, match=rf"label -1 is out of range for {VOCAB} classes, at \[1 0\]"):
+        error.throw()
 
 
 def test_what_moves_in_shard_map():
