@@ -604,6 +604,25 @@ def test_second_derivatives(recompute, x64):
     np.testing.assert_allclose(hessian, want, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_reverse_over_reverse_of_one_argument(recompute, x64):
+    """The others are constants, with which JAX 0.12 cannot transpose an optimization barrier."""
+    hidden, kernel, _, labels = arrays((5,), 3, 4)
+    args = hidden, kernel
+
+    def ours(h, k):
+        return jxent.linear_cross_entropy(h, k, labels, block_size=2, recompute=recompute)
+
+    def theirs(h, k):
+        return -jnp.mean(jax.nn.log_softmax(h @ k)[jnp.arange(5), labels])
+
+    def product(f, wrt):
+        return jax.grad(lambda *args: jnp.vdot(jax.grad(f, wrt)(*args), args[wrt]), wrt)(*args)
+
+    for wrt in (0, 1):
+        np.testing.assert_allclose(product(ours, wrt), product(theirs, wrt), rtol=1e-9, atol=1e-12)
+
+
 def test_second_derivatives_with_a_masked_class(x64):
     hidden, kernel, bias, labels = arrays((6,), 3, 4)
     more, masked = jnp.concatenate([kernel, kernel[:, :1]], 1), jnp.append(bias, -jnp.inf)
