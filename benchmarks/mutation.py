@@ -126,7 +126,14 @@ SHARDED = tests(
     sharding="linear_under_jit[linear-all-FSDP and vocabulary-Auto]; what_does_not_divide[13-64-7-Explicit]; "
     "arrays_that_are_sharded_unlike_each_other[linear-all-mode2]; what_does_not_divide[16-61-32-Auto]; "
     "linear_under_jit[linear-all-sequence and vocabulary on one axis-Explicit]; an_array_without_a_mesh[hidden]; "
-    "linear_under_jit[linear-none-vocabulary, then FSDP of it-Auto]; contexts_of_the_trace[Auto]",
+    "linear_under_jit[linear-none-vocabulary, then FSDP of it-Auto]; contexts_of_the_trace[Auto]; "
+    "16_bit_gradients_on_some_axes_of_a_mesh[Explicit-P('data',)-bfloat16]; no_positions; "
+    "axis_name_in_vmap[linear-all]; "
+    "linear_under_jit[linear-all-batch, sequence, vocabulary-Auto]; transformations_of_sharded_losses[Auto]; "
+    "linear_under_jit[linear-all-batch, sequence, vocabulary-Explicit]; positions_on_a_mesh_of_the_caller; "
+    "axis_name_in_shard_map[8-linear-all-True]; axis_name_in_shard_map[8-linear-all-False]",
+    linear_cross_entropy="scalar_position; vmap; second_derivatives[False]; "
+    "reverse_over_reverse_of_one_argument[False]",
 )
 TESTS = {
     "_rows": COSTS
@@ -170,14 +177,22 @@ TESTS = {
         *tests(
             cross_entropy="many_classes[20000--1]; many_classes[50257-0]; many_classes[16418--1]",
             softmax="axes",
-            sharding="axis_name_in_shard_map[8-logsumexp-True]; gradient_inside_shard_map[nll_loss]",
+            sharding="axis_name_in_shard_map[8-logsumexp-True]; gradient_inside_shard_map[nll_loss]; "
+            "second_derivatives_in_shard_map[cross_entropy-forward]",
         ),
     ],
     "_blocks": LINEAR[:2]
     + tests(blocks="blocks_of_positions; blocks_are_strided", linear_cross_entropy="no_positions")
     + LINEAR,
     "_sharded": SHARDED,
-    "_shards": tests(exactness="float32_on_shards[shard_map-8]", sharding="stats_with_axis_name") + SHARDED,
+    "_shards": tests(
+        exactness="float32_on_shards[shard_map-8]",
+        sharding="stats_with_axis_name; labels_out_of_range_on_shards[cross_entropy]; "
+        "gradient_inside_shard_map[nll_loss]; second_derivatives_in_shard_map[cross_entropy-forward]; "
+        "logits_under_jit[cross_entropy-all-batch, sequence, vocabulary-Explicit]",
+        bad_input="label_out_of_range_is_nan_in_its_row_alone[cross_entropy-plain-none]",
+    )
+    + SHARDED,
     "_layout": SHARDED,
 }
 

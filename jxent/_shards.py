@@ -95,7 +95,7 @@ def cast(array, axes):
     A custom gradient must vary as its argument does; the transpose of this cast sums it over the axes.
     """
     missing = tuple(frozenset(axes) - varying(array))
-    return lax.pcast(array, missing, to="varying") if array is not None and missing else array
+    return lax.pcast(array, missing, to="varying") if missing else array
 
 
 def alike(shards, labels, of_classes, of_positions):

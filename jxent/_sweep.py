@@ -86,7 +86,7 @@ def _block(sweep, wanted, inputs, coefficients):
             grads["bias"] = jnp.sum(jnp.where(terms == jnp.inf, jnp.inf, terms), positions)
         if "labels" in wanted:
             grads["labels"] = dlabels
-        if "class_weight" in wanted and dweight is not None:
+        if "class_weight" in wanted:
             grads["class_weight"] = dweight
     return rows, grads
 

@@ -478,6 +478,30 @@ def test_gradient_inside_shard_map_unchecked(expected, name):
     assert_equal((value, jax.tree.map(lambda g: g / 4, grads)), expected[name])
 
 
+@pytest.mark.parametrize("mode", ["forward", "reverse"])
+@pytest.mark.parametrize("name", ["cross_entropy", "cross_entropy-probabilities", "linear", "nll_loss", "logsumexp"])
+def test_second_derivatives_in_shard_map(name, mode):
+    """A Hessian-vector product by what is sharded, one shard of it on each device."""
+    argument = {"linear": 2}.get(name, 1)
+
+    def product(*arrays, **options):
+        f, _ = value_and_grad(name, **options)
+        arrays = list(map(jnp.asarray, arrays))
+        at, direction = arrays[argument], jnp.cos(arrays[argument])
+
+        def gradient(at):
+            return jax.grad(f, argument)(*arrays[:argument], at, *arrays[argument + 1 :])
+
+        if mode == "forward":
+            return jax.jvp(gradient, (at,), (direction,))[1]
+        return jax.grad(lambda at: jnp.vdot(gradient(at), direction))(at)
+
+    specs = (P(), *(SPECS.get(a, P()) for a in CALLS[name][1]))
+    f = partial(product, axis_name="vocab")
+    f = jax.shard_map(f, mesh=mesh_of("Auto", vocab=4), in_specs=specs, out_specs=specs[argument])
+    assert_equal(jax.jit(f)(*arrays_of(name)), jax.jit(product)(*arrays_of(name)))
+
+
 @pytest.mark.parametrize("name", ["cross_entropy-all", "cross_entropy-probabilities", "linear-all", "nll_loss"])
 def test_axis_name_in_vmap(expected, name):
     f, wrt = value_and_grad(name, axis_name="vocab")
