@@ -128,7 +128,7 @@ SHARDED = tests(
     "linear_under_jit[linear-all-sequence and vocabulary on one axis-Explicit]; an_array_without_a_mesh[hidden]; "
     "linear_under_jit[linear-none-vocabulary, then FSDP of it-Auto]; contexts_of_the_trace[Auto]; "
     "16_bit_gradients_on_some_axes_of_a_mesh[Explicit-P('data',)-bfloat16]; no_positions; "
-    "axis_name_in_vmap[linear-all]; "
+    "axis_name_in_vmap[linear-all]; one_axis_of_positions_under_jit[Auto]; shard_map_over_some_axes[True]; "
     "linear_under_jit[linear-all-batch, sequence, vocabulary-Auto]; transformations_of_sharded_losses[Auto]; "
     "linear_under_jit[linear-all-batch, sequence, vocabulary-Explicit]; positions_on_a_mesh_of_the_caller; "
     "axis_name_in_shard_map[8-linear-all-True]; axis_name_in_shard_map[8-linear-all-False]",

@@ -109,22 +109,8 @@ def label_logit(logits, labels, axis, axis_name=()):
     return total(jnp.where(labels == inside, pick(logits, inside, axis), 0), axis_name)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(2,))
 def pick(logits, labels, axis):
     """The logit of each row's label (a row array of class indices in range)."""
-    # XLA:CPU upcasts all of a 16-bit operand before a floating-point gather, not before an integer one.
-    if logits.dtype.itemsize == 2:
-        bits = lax.bitcast_convert_type(logits, jnp.uint16)
-        return lax.bitcast_convert_type(_take(bits, labels, axis), logits.dtype)
-    return _take(logits, labels, axis)
-
-
-@pick.defjvp
-def _pick_jvp(axis, primals, tangents):
-    return pick(*primals, axis), _take(tangents[0], primals[1], axis)
-
-
-def _take(logits, labels, axis):
     spec = [*jax.typeof(logits).sharding.spec]
     spec[axis] = None
     return by_compiler(partial(jnp.take_along_axis, axis=axis, mode="clip"), PartitionSpec(*spec), logits, labels)

@@ -35,7 +35,7 @@ def sharded(sweep, wanted, inputs, coefficients) -> Any:
     mesh = _mesh_of(inputs, coefficients)
     if AxisType.Explicit in mesh.axis_types:
         rows, grads = _explicit(mesh, sweep, wanted, inputs, coefficients)
-    elif sweep.form.shards.axis_name or mesh.manual_axes or inputs.hidden.ndim == 1:
+    elif sweep.form.shards.axis_name or mesh.manual_axes:
         rows, grads = swept(sweep, wanted, inputs, coefficients)
     else:
         rows, grads = _automatic(sweep, wanted, inputs, coefficients)

@@ -220,6 +220,24 @@ def test_linear_under_jit(expected, name, layout, mode):
     assert all(c.kind == "all-reduce" and c.size <= local_block for c in found if c.in_loop), found
     large = sorted((c.kind, c.size) for c in found if c.size >= KERNEL.size // 8 and c.kind != "all-reduce")
     assert large == MOVED.get(layout, [])
+    assert " while(" in program.as_text()  # `block_size` positions in all are in flight, fewer than one device has
+
+
+@pytest.mark.parametrize("mode", ["Auto", "Explicit"])
+def test_one_axis_of_positions_under_jit(mode):
+    """Its shards stay where they are, and a single position sharded by its features runs."""
+    mesh, layout = mesh_of(mode, data=4, vocab=2), "FSDP and vocabulary"
+    arrays = HIDDEN.reshape(POSITIONS, FEATURES), KERNEL, LABELS.reshape(POSITIONS)
+    step = jax.jit(jax.value_and_grad(partial(jxent.linear_cross_entropy, block_size=BLOCK), (0, 1)))
+    sharded = [put(mesh, a, s) for a, s in zip(arrays, (P("data"), P("data", "vocab"), P("data")), strict=True)]
+    program = step.lower(*sharded).compile()
+    assert_equal(program(*sharded), step(*map(jnp.asarray, arrays)))
+    found = collectives(program.as_text())
+    assert all(c.kind == "all-reduce" and c.size <= BLOCK for c in found if c.in_loop), found
+    assert sorted((c.kind, c.size) for c in found if c.kind != "all-reduce" and c.size > POSITIONS) == MOVED[layout]
+
+    single = [put(mesh, a, s) for a, s in zip((HIDDEN[0, 0], KERNEL), (P("data"), P("data", "vocab")), strict=True)]
+    assert_equal(step(*single, jnp.array(3)), step(*map(jnp.asarray, (HIDDEN[0, 0], KERNEL)), jnp.array(3)))
 
 
 @pytest.mark.parametrize("mode", ["Auto", "Explicit"])
@@ -659,6 +677,24 @@ def test_batch_axis_name(name, reduction, check_vma, inside):
     mesh = mesh_of("Auto", data=4, vocab=2)
     sharded = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=out, check_vma=check_vma)
     assert_equal(jax.jit(sharded if inside else jax.value_and_grad(sharded, wrt))(*arrays), wanted)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_shard_map_over_some_axes(check_vma):
+    """The positions by hand, the classes by the compiler."""
+    mesh = mesh_of("Auto", data=4, vocab=2)
+    f = jax.shard_map(
+        partial(jxent.linear_cross_entropy, batch_axis_name="data", block_size=BLOCK),
+        mesh=mesh,
+        in_specs=(P("data"), P(), P("data")),
+        out_specs=P(),
+        axis_names={"data"},
+        check_vma=check_vma,
+    )
+    arrays = HIDDEN, KERNEL, LABELS
+    placed = [put(mesh, a, s) for a, s in zip(arrays, (P("data"), P(None, "vocab"), P("data")), strict=True)]
+    wanted = jax.value_and_grad(jxent.linear_cross_entropy, (0, 1))(*map(jnp.asarray, arrays))
+    assert_equal(jax.jit(jax.value_and_grad(f, (0, 1)))(*placed), wanted)
 
 
 def test_stats_of_all_positions():
