@@ -95,9 +95,7 @@ def layout(sizes, inputs, names):
     # The kernel's gradient, summed over the positions, ends where the kernel came from.
     def ending(name):
         rest = given[name][len(out.axes[name]) :]
-        return out.axes[name] + fitting(
-            tuple(a for a in rest if a in out.positions), lengths[name] // size(out.axes[name])
-        )
+        return out.axes[name] + tuple(a for a in rest if a in out.positions)
 
     return Layout(out.axes | {"d" + name: ending(name) for name in ("f", "v")})
 
