@@ -11,7 +11,8 @@ out instead of the maximum's, with d = x[label] - m: log_z = log1p(sum over j !=
 
 Everything is computed in float32 (float64 for float64 logits), and no array of the logits' size is written, unless
 the caller has room for it: then a CPU takes the exponentials once and keeps them, because they cost it more than
-memory; elsewhere each pass takes them anew (`_passes`).
+memory; elsewhere each pass takes them anew (`_passes`). But of float16 logits XLA:CPU writes a float32 copy: it fuses
+the upcast of bfloat16 with a sum, not that of float16.
 
 A "row" array has the logits' shape with size 1 along the class axes. Where the classes are sharded over `axis_name`
 (`_shards`), each sum over classes and each maximum is one over the shards too: of row arrays, nothing larger.
