@@ -268,17 +268,13 @@ def test_a_masked_class_is_no_class(options, kind):
     logits, labels, _ = data(kind, np.float32)
     weight = np.linspace(0.5, 2, C).astype(np.float32)
     wider = np.where(labels >= 2, labels + 1, labels) if kind == "index" else np.insert(labels, 2, 0, -1)
-
-    def loss(arrays, labels):
-        class_weight = arrays[1] if len(arrays) == 2 else None
-        return jxent.cross_entropy(arrays[0], labels, class_weight=class_weight, **options)
-
-    for arrays in ((logits,), (logits, weight)):
-        masked = [np.insert(a, 2, value, -1) for a, value in zip(arrays, (-np.inf, 7), strict=False)]
-        value, gradients = jax.value_and_grad(loss)(masked, wider)
-        want, want_gradients = jax.value_and_grad(loss)(arrays, labels)
+    masked = {"logits": np.insert(logits, 2, -np.inf, -1), "class_weight": np.insert(weight, 2, 7)}
+    loss = jax.value_and_grad(lambda arrays, labels: jxent.cross_entropy(**arrays, labels=labels, **options))
+    for arrays in ({"logits": logits}, {"logits": logits, "class_weight": weight}):
+        value, gradients = loss({name: masked[name] for name in arrays}, wider)
+        want, want_gradients = loss(arrays, labels)
         np.testing.assert_allclose(value, want, rtol=1e-6)
-        want_gradients = [np.insert(g, 2, 0, -1) for g in want_gradients]
+        want_gradients = {name: np.insert(g, 2, 0, -1) for name, g in want_gradients.items()}
         chex.assert_trees_all_close(gradients, want_gradients, rtol=1e-5, atol=1e-8)
 
 

@@ -215,29 +215,54 @@ def test_linear_under_jit(expected, name, layout, mode):
     for i, grad in zip(value_and_grad(name)[1], grads, strict=True):
         if CALLS[name][1][i - 1] in ("hidden", "kernel"):
             assert grad.sharding.is_equivalent_to(arrays[i].sharding, grad.ndim)
-    found = collectives(program.as_text())
+    assert_nothing_else_moves(program.as_text(), layout)
+
+
+def assert_nothing_else_moves(text, layout):
+    """Than `MOVED`, and in the loop numbers per position; `block_size` counts the positions of all devices."""
+    found = collectives(text)
     local_block = BLOCK // int(np.prod([LAYOUTS[layout][0].get(a, 1) for a in ("data", "sequence")]))
+    assert " while(" in text  # or there would be one block, of more positions
     assert all(c.kind == "all-reduce" and c.size <= local_block for c in found if c.in_loop), found
     large = sorted((c.kind, c.size) for c in found if c.size >= KERNEL.size // 8 and c.kind != "all-reduce")
     assert large == MOVED.get(layout, [])
-    assert " while(" in program.as_text()  # `block_size` positions in all are in flight, fewer than one device has
 
 
 @pytest.mark.parametrize("mode", ["Auto", "Explicit"])
 def test_one_axis_of_positions_under_jit(mode):
-    """Its shards stay where they are, and a single position sharded by its features runs."""
+    """Its shards stay where they are, as those of two axes do."""
     mesh, layout = mesh_of(mode, data=4, vocab=2), "FSDP and vocabulary"
     arrays = HIDDEN.reshape(POSITIONS, FEATURES), KERNEL, LABELS.reshape(POSITIONS)
     step = jax.jit(jax.value_and_grad(partial(jxent.linear_cross_entropy, block_size=BLOCK), (0, 1)))
     sharded = [put(mesh, a, s) for a, s in zip(arrays, (P("data"), P("data", "vocab"), P("data")), strict=True)]
     program = step.lower(*sharded).compile()
     assert_equal(program(*sharded), step(*map(jnp.asarray, arrays)))
-    found = collectives(program.as_text())
-    assert all(c.kind == "all-reduce" and c.size <= BLOCK for c in found if c.in_loop), found
-    assert sorted((c.kind, c.size) for c in found if c.kind != "all-reduce" and c.size > POSITIONS) == MOVED[layout]
+    assert_nothing_else_moves(program.as_text(), layout)
 
-    single = [put(mesh, a, s) for a, s in zip((HIDDEN[0, 0], KERNEL), (P("data"), P("data", "vocab")), strict=True)]
-    assert_equal(step(*single, jnp.array(3)), step(*map(jnp.asarray, (HIDDEN[0, 0], KERNEL)), jnp.array(3)))
+
+@pytest.mark.parametrize("mode", ["Auto", "Explicit"])
+def test_one_position_under_jit(mode):
+    """Sharded by its features; alone, and as one of those that `vmap` goes over."""
+    mesh, label = mesh_of(mode, data=4, vocab=2), jnp.array(3)
+    arrays = jnp.asarray(HIDDEN[0, 0]), jnp.asarray(KERNEL)
+    sharded = [put(mesh, a, s) for a, s in zip(arrays, (P("data"), P("data", "vocab")), strict=True)]
+    step = jax.value_and_grad(jxent.linear_cross_entropy, (0, 1))
+    wanted = jax.value_and_grad(lambda h, k: jxent.cross_entropy(h @ k, label), (0, 1))(*arrays)
+    assert_equal(jax.jit(step)(*sharded, label), wanted)
+    each = jax.jit(jax.vmap(step, (0, None, None)))(jnp.stack([arrays[0]] * 2), sharded[1], label)
+    assert_equal(jax.tree.map(lambda a: a[1], each), wanted)
+
+
+def test_without_shardy():
+    """The partitioner that JAX had before, which asks for shardings in another way."""
+    jax.config.update("jax_use_shardy_partitioner", False)
+    try:
+        (value, grads), program, arrays = run("linear-all", "FSDP and vocabulary", "Auto")
+        assert_equal((value, grads), on_one_device("linear-all"))
+        assert_nothing_else_moves(program.as_text(), "FSDP and vocabulary")
+    finally:
+        jax.config.update("jax_use_shardy_partitioner", True)
+    assert grads[1].sharding.is_equivalent_to(arrays[2].sharding, 2)
 
 
 @pytest.mark.parametrize("mode", ["Auto", "Explicit"])
@@ -496,11 +521,11 @@ def test_gradient_inside_shard_map_unchecked(expected, name):
     assert_equal((value, jax.tree.map(lambda g: g / 4, grads)), expected[name])
 
 
-@pytest.mark.parametrize("mode", ["forward", "reverse"])
+@pytest.mark.parametrize("outer", ["forward", "reverse"])
 @pytest.mark.parametrize(
     "name", ["cross_entropy", "cross_entropy-all", "cross_entropy-probabilities", "linear", "logsumexp"]
 )
-def test_second_derivatives_in_shard_map(name, mode):
+def test_second_derivatives_in_shard_map(name, outer):
     """A Hessian-vector product by what is sharded, one shard of it on each device."""
     argument = {"linear": 2}.get(name, 1)
 
@@ -512,7 +537,7 @@ def test_second_derivatives_in_shard_map(name, mode):
         def gradient(at):
             return jax.grad(f, argument)(*arrays[:argument], at, *arrays[argument + 1 :])
 
-        if mode == "forward":
+        if outer == "forward":
             return jax.jvp(gradient, (at,), (direction,))[1]
         return jax.grad(lambda at: jnp.vdot(gradient(at), direction))(at)
 
