@@ -1,22 +1,24 @@
-"""`linear_cross_entropy`: arguments, the jit-compiled loss, and how many positions it takes at once."""
+"""`linear_cross_entropy`: its arguments, and the loss by one sweep over blocks of positions or by two."""
 
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jxent import _checks
-from jxent._axis_names import AxisName, mesh_axes
-from jxent._cross_entropy import Stats, coefficients_of, options_of, stats_of
-from jxent._debug import report_labels, report_values
-from jxent._labels import by_index
-from jxent._linear_costs import linear_costs, linear_total
-from jxent._reduce import Coefficients, counted, denominator, only, reduce, share_of, weigh, weight_of
-from jxent._rows import compute_dtype
-from jxent._shards import alike, along_positions, first_class, total
-from jxent._sweep import Inputs, Sweep
+from jxent._core.costs import weighs_classes
+from jxent._core.passes import compute_dtype
+from jxent._core.shards import cast_alike, total
+from jxent._core.weights import only, weigh
+from jxent._linear_rules import linear_costs, linear_total
+from jxent._loss import checks
+from jxent._loss.axis_names import AxisName, mesh_axes
+from jxent._loss.loss import Stats, with_stats
+from jxent._loss.options import Weights, options_of
+from jxent._loss.positions import coefficients_of, denominator, positions_of, reduced
+from jxent._loss.reports import report_values
+from jxent._sweep.sweep import Inputs, Sweep, Swept
 
 
 def linear_cross_entropy(
@@ -113,84 +115,68 @@ def linear_cross_entropy(
       https://docs.pytorch.org/docs/2.13/generated/torch.nn.functional.linear_cross_entropy.html
     """
     name = "linear_cross_entropy"
-    hidden = _checks.floating(name, "hidden", hidden, "convert it with .astype(jnp.float32), or swap it with labels")
-    kernel = _checks.floating(name, "kernel", kernel)
-    vocab_axis = _checks.kernel_axis(name, hidden, kernel, vocab_axis)
+    hidden = checks.floating(name, "hidden", hidden, "convert it with .astype(jnp.float32), or swap it with labels")
+    kernel = checks.floating(name, "kernel", kernel)
+    vocab_axis = checks.kernel_axis(name, hidden, kernel, vocab_axis)
     classes = kernel.shape[vocab_axis]
-    _checks.concrete(name, hidden, classes)
+    checks.concrete(name, hidden, classes)
     logits = jax.ShapeDtypeStruct((*hidden.shape[:-1], classes), hidden.dtype)
-    axis = logits.ndim - 1
-    labels = _checks.class_labels(name, None, logits, labels, axis)
-    bias = _checks.per_class(name, "bias", bias, classes)
-    class_weight, sample_weight, where = _checks.weights(name, class_weight, sample_weight, where, logits, axis)
+    labels = checks.class_labels(name, None, logits, labels, logits.ndim - 1)
+    bias = checks.per_class(name, "bias", bias, classes)
+    arrays = checks.weights(name, class_weight, sample_weight, where, logits, logits.ndim - 1)
     over = mesh_axes(name, axis_name, batch_axis_name, reduction, ("hidden", hidden), classes=("kernel", kernel))
+    scalars = checks.scalars(name, label_smoothing, z_loss_weight)
     options, traced = options_of(
-        name, labels, ignore_index, label_smoothing, z_loss_weight, logit_softcap, reduction, return_stats, over
+        (name, "hidden"), logits.ndim - 1, labels, over, scalars, ignore_index, reduction, logit_softcap, return_stats
     )
-    form = options.form(axis)
     sweep = Sweep(
-        form=form,
+        form=options.form,
         vocab_axis=vocab_axis,
-        block_size=None if block_size is None else _checks.positive(name, "block_size", block_size),
-        precision=_checks.matmul_precision(name, precision),
+        block_size=None if block_size is None else checks.positive(name, "block_size", block_size),
+        precision=checks.matmul_precision(name, precision),
     )
-    recompute = _checks.flag(name, "recompute", recompute)
-    in_sums = class_weight if form.uniform or not by_index(labels) else None
-    inputs = Inputs(hidden, kernel, bias, labels, in_sums, None)
-    return _linear_cross_entropy(options, sweep, recompute, inputs, class_weight, sample_weight, where, traced)
+    recompute = checks.flag(name, "recompute", recompute)
+    weights = Weights(*arrays, traced)
+    return _linear_cross_entropy(options, sweep, recompute, hidden, kernel, bias, labels, weights)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
-def _linear_cross_entropy(options, sweep, recompute, inputs, class_weight, sample_weight, where, traced):
-    hidden, labels, shape = inputs.hidden, inputs.labels, inputs.hidden.shape[:-1]
-    classes = inputs.kernel.shape[sweep.vocab_axis]
-    placed = partial(along_positions, other=hidden, axis=hidden.ndim - 1)
-    labels = placed(labels) if by_index(labels) else labels
-    keep = counted(labels, where, options.ignore_index, shape, placed)
-    if by_index(labels):
-        labels = only(keep, labels)  # 0 where ignored: in range
-        report_labels("linear_cross_entropy", labels, classes * options.shards.number)
-    row_keep = None if keep is None else keep[..., None]
-    report_values("linear_cross_entropy", row_keep, hidden=hidden, labels=labels)
-    report_values("linear_cross_entropy", None, masked=("bias",), kernel=inputs.kernel, bias=inputs.bias)
-    first = first_class(options.shards, classes)
-    inputs = inputs._replace(labels=labels, keep=keep, first=first)
-
-    label_weight = weight_of(labels, class_weight, keep, options.shards, first)
-    share = share_of(sample_weight, keep, shape, placed)
-    coefficients = coefficients_of(options, traced, label_weight, share)
-    dtype = compute_dtype(inputs.hidden.dtype, inputs.kernel.dtype)
-    weight = denominator(label_weight, share, keep, shape, dtype, options.batch_axis_name)
+def _linear_cross_entropy(options, sweep, recompute, hidden, kernel, bias, labels, weights):
+    classes, shape = kernel.shape[sweep.vocab_axis], hidden.shape[:-1]
+    dtype = compute_dtype(hidden.dtype, kernel.dtype)
+    positions = positions_of(options, weights, labels, hidden, hidden.ndim - 1, classes)
+    row_keep = None if positions.keep is None else positions.keep[..., None]
+    report_values(options.function, row_keep, hidden=hidden, labels=positions.labels)
+    report_values(options.function, None, masked=("bias",), kernel=kernel, bias=bias)
+    class_weight = weights.class_weight if weighs_classes(options.form, labels) else None
+    inputs = Inputs(hidden, kernel, bias, positions.labels, class_weight, positions.keep, positions.first)
+    coefficients, weight = coefficients_of(options, weights, positions), denominator(options, positions, shape, dtype)
     if options.reduction == "none" or recompute:
-        inputs, _ = _alike(options, inputs, ())
-        rows = linear_costs(sweep, inputs)
-        loss = reduce(weigh(coefficients, rows), weight, options.reduction, options.batch_axis_name)
+        inputs, _ = _cast_alike(options, inputs, {})
+        swept = cast(Swept, linear_costs(sweep, inputs))
+        loss = reduced(options, weigh(coefficients, swept.costs), weight)
     else:
         # Divided by the denominator before the sweep: what is kept for the backward pass is then the gradient itself.
         divisor = jnp.where(weight == 0, 1, weight) if options.reduction == "mean" else 1
-        every = [
-            _everywhere(c, keep, shape, dtype) / divisor if wanted else None
-            for c, wanted in zip(coefficients, (True, sweep.form.uniform, sweep.form.z), strict=True)
-        ]
-        inputs, every = _alike(options, inputs, every)
-        swept: Any = linear_total(sweep, inputs, Coefficients(*every))
-        loss, rows = swept
+        coefficients = {name: _full(c, positions.keep, shape, dtype) / divisor for name, c in coefficients.items()}
+        inputs, coefficients = _cast_alike(options, inputs, coefficients)
+        loss, swept = cast(tuple[Array, Swept], linear_total(sweep, inputs, coefficients))
         loss = total(loss, options.batch_axis_name)
         loss = jnp.where(weight == 0, jnp.nan, loss) if options.reduction == "mean" else loss
-    return (loss, stats_of(rows, keep, weight)) if options.return_stats else loss
+    return with_stats(options, positions, loss, swept.stats, weight)
 
 
-def _everywhere(coefficient, keep, shape, dtype):
+def _full(coefficient, keep, shape, dtype):
     """A coefficient, None standing for 1, at each position that counts and 0 elsewhere, in at least `dtype`."""
     if isinstance(coefficient, jax.Array):
         dtype = jnp.promote_types(coefficient.dtype, dtype)
     return only(keep, jnp.broadcast_to(jnp.asarray(1 if coefficient is None else coefficient, dtype), shape))
 
 
-def _alike(options, inputs, coefficients):
-    """Both, as `alike` casts them."""
-    hidden, kernel, bias, labels, class_weight, keep, first = inputs
-    labels, (hidden, kernel, bias, class_weight, first), (keep, *coefficients) = alike(
-        options.shards, labels, (hidden, kernel, bias, class_weight, first), (keep, *coefficients)
+def _cast_alike(options, inputs, coefficients):
+    """(inputs, coefficients), as `cast_alike` casts them."""
+    of_classes = {name: getattr(inputs, name) for name in ("hidden", "kernel", "bias", "class_weight", "first")}
+    labels, of_classes, (keep, coefficients) = cast_alike(
+        options.form.shards, inputs.labels, of_classes, (inputs.keep, coefficients)
     )
-    return Inputs(hidden, kernel, bias, labels, class_weight, keep, first), coefficients
+    return inputs._replace(labels=labels, keep=keep, **of_classes), coefficients

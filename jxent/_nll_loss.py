@@ -7,14 +7,17 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jxent import _checks
-from jxent._axis_names import AxisName, mesh_axes
-from jxent._debug import report_labels, report_values
-from jxent._labels import along, by_index, clipped, out_of_range, times
-from jxent._passes import again, class_sum
-from jxent._reduce import counted, denominator, only, product_of, reduce, share_of, weight_of, weighted
-from jxent._rows import compute_dtype, label_logit, product
-from jxent._shards import alike, along_positions, first_class, offset, own, sharded_like, summed
+from jxent._core import targets
+from jxent._core.costs import CostInputs, ProbabilityLabel, Scalars
+from jxent._core.labels import at_label, by_index, clipped, out_of_range
+from jxent._core.passes import Arrays, Passes
+from jxent._core.rule import like_inputs, summed_up
+from jxent._core.shards import each_shards_own, local_index, sharded_like, shared_cotangent
+from jxent._core.weights import along
+from jxent._loss import checks
+from jxent._loss.axis_names import AxisName, mesh_axes
+from jxent._loss.loss import loss_of
+from jxent._loss.options import Weights, options_of
 
 
 def nll_loss(
@@ -64,95 +67,66 @@ def nll_loss(
     Reference: https://docs.pytorch.org/docs/stable/generated/torch.nn.NLLLoss.html
     """
     name = "nll_loss"
-    log_probs = _checks.floating(
-        name, "log_probs", log_probs, "convert it with .astype(jnp.float32), or swap it with labels"
-    )
-    axis = _checks.class_axis(name, "log_probs", log_probs, axis)
-    labels = _checks.class_labels(name, "log_probs", log_probs, labels, axis)
-    class_weight, sample_weight, where = _checks.weights(name, class_weight, sample_weight, where, log_probs, axis)
-    ignore_index = _checks.ignored_class(name, ignore_index, labels)
-    reduction = _checks.reduction(name, reduction)
+    log_probs, labels, axis = checks.logits_and_labels(name, "log_probs", log_probs, labels, axis)
+    arrays = checks.weights(name, class_weight, sample_weight, where, log_probs, axis)
     over = mesh_axes(name, axis_name, batch_axis_name, reduction, ("log_probs", log_probs))
-    return _nll_loss(axis, ignore_index, reduction, over, log_probs, labels, class_weight, sample_weight, where)
-
-
-@partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _nll_loss(axis, ignore_index, reduction, mesh_axes, log_probs, labels, class_weight, sample_weight, where):
-    shards, batch_axis_name = mesh_axes
-    shape = log_probs.shape[:axis] + log_probs.shape[axis + 1 :]
-    placed = partial(along_positions, other=log_probs, axis=axis)
-    labels = placed(labels) if by_index(labels) else sharded_like(labels, log_probs)
-    keep = counted(labels, where, ignore_index, shape, placed)
-    if by_index(labels):
-        labels = only(keep, labels)  # 0 where ignored: in range
-        report_labels("nll_loss", labels, log_probs.shape[axis] * shards.number)
-    first = first_class(shards, log_probs.shape[axis])
-    in_sums = None if by_index(labels) else sharded_like(class_weight, log_probs, [axis])
-    row_keep = None if keep is None else jnp.expand_dims(keep, axis)
-    report_values("nll_loss", row_keep, masked=("log_probs",), log_probs=log_probs, labels=labels)
-    each, (log_p, in_sums), (row_keep,) = alike(shards, labels, (log_probs, in_sums), (row_keep,))
-    costs = _costs((axis, shards), log_p, each, in_sums, row_keep, first)
-    label_weight = weight_of(labels, class_weight, keep, shards, first)
-    share = share_of(sample_weight, keep, shape, placed)
-    losses = weighted(product_of(share, label_weight), only(keep, jnp.squeeze(jnp.asarray(costs), axis)))
-    weight = denominator(label_weight, share, keep, shape, losses.dtype, batch_axis_name)
-    return reduce(losses, weight, reduction, batch_axis_name)
+    options, traced = options_of((name, "log_probs"), axis, labels, over, Scalars(), ignore_index, reduction)
+    return loss_of(options, _costs, log_probs, labels, Weights(*arrays, traced))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _costs(layout, log_probs, labels, class_weight, keep, first) -> Array:
-    """-log p of the label, or the sum of q w * -log p, a row array. `layout` is (class axis, `Shards`)."""
-    return _costs_fwd(layout, log_probs, labels, class_weight, keep, first)[0]
+def _costs(form, inputs: CostInputs):
+    """({"label": -log p of the label, or the sum of q w * -log p}, {}), of which `inputs.logits` are the log p."""
+    return _costs_fwd(form, inputs)[0]
 
 
-def _costs_fwd(layout, log_probs, labels, class_weight, keep, first):
-    rows = _cost_rows(layout, log_probs, labels, class_weight, first)
-    return own(rows, layout[1], first), (log_probs, labels, class_weight, keep, first)
+def _costs_fwd(form, inputs):
+    cost = (_index_cost if by_index(inputs.labels) else _probability_cost)(form, inputs)
+    return ({"label": each_shards_own(cost, form.shards, inputs.first)}, {}), inputs
 
 
-def _cost_rows(layout, log_probs, labels, class_weight, first):
-    axis, shards = layout
-    if by_index(labels):
-        classes = log_probs.shape[axis] * shards.number
-        index = offset(clipped(labels, classes, axis), first)
-        cost = -label_logit(log_probs, index, axis, shards.axis_name).astype(compute_dtype(log_probs.dtype))
-        return jnp.where(out_of_range(jnp.expand_dims(labels, axis), classes), jnp.nan, cost)
-    dtype = compute_dtype(log_probs.dtype, labels.dtype)
-    weight = along(class_weight, labels.ndim, axis, dtype)
+def _index_cost(form, inputs):
+    axis, labels = form.axis, inputs.labels
+    classes = inputs.logits.shape[axis] * form.shards.number
+    index = local_index(clipped(labels, classes, axis), inputs.first)
+    cost = -at_label(inputs.logits, index, axis, form.shards.axis_name).astype(inputs.dtype)
+    return jnp.where(out_of_range(jnp.expand_dims(labels, axis), classes), jnp.nan, cost)
 
-    def term(log_probs, q, w, unit):
-        return product(times(q.astype(dtype), w), -log_probs.astype(dtype), unit)
 
-    return class_sum(term, jnp.zeros((), dtype), (log_probs, labels, weight), (), (axis,), shards.axis_name)
+def _probability_cost(form, inputs):
+    return targets.cost(_passes(form, inputs, None), ProbabilityLabel().share)
+
+
+def _passes(form, inputs, previous):
+    weight = along(inputs.class_weight, inputs.logits.ndim, form.axis, inputs.dtype)
+    arrays = Arrays(inputs.logits, None if by_index(inputs.labels) else inputs.labels, weight)
+    return Passes(arrays, (form.axis,), inputs.dtype, axis_name=form.shards.axis_name, previous=previous)
 
 
 # d / d log_probs[j] is -1 at the label and 0 elsewhere, or -q[j] w[j]. A custom rule, because the transpose of a gather
 # is a scatter into zeros, which neither fuses nor partitions, and because 0 * inf counts as 0.
-def _costs_bwd(layout, residuals, cotangent):
-    axis, shards = layout
-    log_probs, labels, class_weight, keep, first = residuals
-    cotangent = summed(cotangent, shards)
-    dtype = cotangent.dtype
-    log_probs, labels, class_weight, _ = again(cotangent, log_probs, labels, class_weight)
-    grad_labels = grad_weight = None
-    if by_index(labels):
-        labels = jnp.expand_dims(labels, axis)
-        at_label = lax.broadcasted_iota(labels.dtype, log_probs.shape, axis) == offset(labels, first)
-        at_label = sharded_like(at_label, log_probs)
+def _costs_bwd(form, inputs, cotangents):
+    cotangent = shared_cotangent(cotangents[0]["label"], form.shards)
+    axis, classes = form.axis, inputs.logits.shape[form.axis] * form.shards.number
+
+    def of_index(c, cotangent, labels):
+        index = lax.broadcasted_iota(labels.dtype, inputs.logits.shape, axis) == local_index(labels, inputs.first)
         # 0 by way of the log-probabilities, of whose sharding the compiler would know nothing otherwise.
-        grad = jnp.where(at_label, -cotangent, jnp.where(log_probs < 0, jnp.zeros((), dtype), 0))
-        grad = jnp.where(out_of_range(labels, log_probs.shape[axis] * shards.number), jnp.nan, grad)
+        zero = jnp.where(c.log_p < 0, jnp.zeros((), cotangent.dtype), 0)
+        grad = jnp.where(sharded_like(index, inputs.logits), -cotangent, zero)
+        return jnp.where(out_of_range(labels, classes), jnp.nan, grad), None, None
+
+    def of_probabilities(c, cotangent):
+        label, rows = ProbabilityLabel(), (cotangent, None)
+        to_weight = None if inputs.class_weight is None else label.to_class_weight(c, rows)
+        return -cotangent * label.share(c), label.to_label(c, rows), to_weight
+
+    passes = _passes(form, inputs, cotangent)
+    if by_index(inputs.labels):
+        grads = passes.map(of_index, cotangent, jnp.expand_dims(inputs.labels, axis))
     else:
-        w = along(class_weight, labels.ndim, axis, dtype)
-        q, log_p = labels.astype(dtype), log_probs.astype(dtype)
-        grad = -cotangent * times(q, w)
-        cost = jnp.where((log_p == -jnp.inf) & (q == 0), 0, -log_p)
-        grad_labels = only(keep, cotangent * times(cost, w)).astype(labels.dtype)
-        if class_weight is not None:
-            positions = tuple(a for a in range(labels.ndim) if a != axis)
-            grad_weight = jnp.sum(only(keep, cotangent * q * cost), positions).astype(class_weight.dtype)
-    grads = only(keep, grad).astype(log_probs.dtype), grad_labels, grad_weight
-    return *map(sharded_like, grads, residuals[:3]), None, None
+        grads = passes.map(of_probabilities, cotangent)
+    return (like_inputs(summed_up(form, inputs, *grads), inputs),)
 
 
 _costs.defvjp(_costs_fwd, _costs_bwd)

@@ -1,20 +1,30 @@
 """`logsumexp`, `softmax` and `log_softmax`, exact in value and gradient.
 
-The formulas are those of `_rows`: log p = (x - m) - log_z with log_z = log1p(the rest of the row). Computed in at least
-float32; no temporary of the size of the logits, except that `logsumexp` with `where` writes the masked logits.
+The formulas are those of `normalizer`: log p = (x - m) - log_z with log_z = log1p(the rest of the row). Computed in at
+least float32; no temporary of the size of the logits, except that `logsumexp` with `where` writes the masked logits.
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jxent import _checks
-from jxent._axis_names import AxisName, mesh_axis
-from jxent._passes import again, class_sum
-from jxent._rows import below_max, compute_dtype, normalizer, unmasked
-from jxent._shards import cast, everywhere, first_class, own, shards_of, summed
+from jxent._core import targets
+from jxent._core.normalizer import normalizer
+from jxent._core.passes import Arrays, Passes, compute_dtype
+from jxent._core.shards import (
+    Shards,
+    cast,
+    each_shards_own,
+    first_class,
+    shards_of,
+    shared_cotangent,
+    varying_together,
+)
+from jxent._loss import checks
+from jxent._loss.axis_names import AxisName, mesh_axis
 
 Axis = int | tuple[int, ...] | None
 
@@ -50,7 +60,7 @@ def logsumexp(
 
     Reference: https://docs.jax.dev/en/latest/_autosummary/jax.nn.logsumexp.html
     """
-    keepdims = _checks.flag("logsumexp", "keepdims", keepdims)
+    keepdims = checks.flag("logsumexp", "keepdims", keepdims)
     return _masked(_logsumexp, *_arguments("logsumexp", logits, axis, where, axis_name), keepdims)
 
 
@@ -118,56 +128,66 @@ def log_softmax(
     return _masked(_log_softmax, *_arguments("log_softmax", logits, axis, where, axis_name))
 
 
+class _Classes(NamedTuple):
+    """Where the classes are; static."""
+
+    axis: tuple[int, ...]
+    shards: Shards
+
+
 def _arguments(function, logits, axis, where, axis_name):
-    """((axes, `Shards`), logits, where); the pair is static."""
-    logits = _checks.floating(function, "logits", logits)
-    where = _checks.mask(function, where, logits.shape, "the logits", "compare it (mask != 0)")
-    axes = _checks.class_axes(function, logits, axis)
+    """(`_Classes`, logits, where)."""
+    logits = checks.floating(function, "logits", logits)
+    where = checks.mask(function, where, logits.shape, "the logits", "compare it (mask != 0)")
+    axes = checks.class_axes(function, logits, axis)
     over_classes = mesh_axis(function, "axis_name", axis_name, "logits", logits)
-    return (axes, shards_of(over_classes)), logits, where
+    return _Classes(axes, shards_of(over_classes)), logits, where
 
 
 @partial(jax.jit, static_argnums=(0, 1, 4))
-def _masked(function, layout, logits, where, keepdims=True):
+def _masked(function, classes, logits, where, keepdims=True):
     if where is not None:
         logits = jnp.where(where, logits, -jnp.inf)
-    out = function(layout, cast(logits, everywhere(logits, axis_name=layout[1].axis_name)))
-    return out if keepdims else jnp.squeeze(out, layout[0])
+    out = function(classes, cast(logits, varying_together(logits, axis_name=classes.shards.axis_name)))
+    return out if keepdims else jnp.squeeze(out, classes.axis)
 
 
-def _normalizer(logits, layout):
-    axis, shards = layout
-    return normalizer(logits, None, axis, None, compute_dtype(logits.dtype), axis_name=shards.axis_name)
+class _Residuals(NamedTuple):
+    logits: Array
+    top: Array
+    log_z: Array
+
+    def passes(self, classes, g=None):
+        """Passes over the logits, and over the cotangent `g` of the result if there is one, as `Class.q`."""
+        arrays = Arrays(self.logits, g, top=self.top, log_z=self.log_z)
+        return Passes(arrays, classes.axis, self.top.dtype, None, classes.shards.axis_name, previous=self.log_z)
 
 
-def _sum(terms, previous, sized, rows, layout):
-    axis, shards = layout
-    return class_sum(terms, previous, sized, rows, axis, shards.axis_name)
-
-
-def _log_p(logits, top, log_z):
-    return (logits.astype(top.dtype) - top) - log_z
+def _normalizer(classes, logits):
+    """(log_normalizer, `_Residuals`)."""
+    dtype = compute_dtype(logits.dtype)
+    row = normalizer(logits, None, classes.axis, None, dtype, False, classes.shards.axis_name)
+    return row.log_normalizer, _Residuals(logits, row.top, row.log_z)
 
 
 # --- logsumexp: d / dx[j] = p[j] --------------------------------------------------------------------------------------
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _logsumexp(layout, logits):
-    return _logsumexp_fwd(layout, logits)[0]
+def _logsumexp(classes, logits):
+    return _logsumexp_fwd(classes, logits)[0]
 
 
-def _logsumexp_fwd(layout, logits):
-    rows = _normalizer(logits, layout)
-    out = own(rows.log_normalizer.astype(logits.dtype), layout[1], first_class(layout[1], 1))
-    return out, (logits, rows.top, rows.log_z)
+def _logsumexp_fwd(classes, logits):
+    log_normalizer, residuals = _normalizer(classes, logits)
+    out = log_normalizer.astype(logits.dtype)
+    return each_shards_own(out, classes.shards, first_class(classes.shards, 1)), residuals
 
 
-def _logsumexp_bwd(layout, residuals, cotangent):
-    logits, top, log_z = residuals
-    cotangent = summed(cotangent, layout[1])
-    x, top, log_z, _ = again(log_z, logits, top, log_z)
-    return ((cotangent * jnp.exp(_log_p(x, top, log_z))).astype(logits.dtype),)
+def _logsumexp_bwd(classes, residuals, cotangent):
+    cotangent = shared_cotangent(cotangent, classes.shards)
+    p = residuals.passes(classes).map(lambda c: c.p)
+    return ((cotangent * p).astype(residuals.logits.dtype),)
 
 
 _logsumexp.defvjp(_logsumexp_fwd, _logsumexp_bwd)
@@ -180,35 +200,22 @@ _logsumexp.defvjp(_logsumexp_fwd, _logsumexp_bwd)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _softmax(layout, logits):
-    return _softmax_fwd(layout, logits)[0]
+def _softmax(classes, logits):
+    return _softmax_fwd(classes, logits)[0]
 
 
-def _softmax_fwd(layout, logits):
-    top, log_z, *_ = _normalizer(logits, layout)
-    x, top_, log_z_, _ = again(log_z, logits, top, log_z)
-    return jnp.exp(_log_p(x, top_, log_z_)).astype(logits.dtype), (logits, top, log_z)
+def _softmax_fwd(classes, logits):
+    _, residuals = _normalizer(classes, logits)
+    return residuals.passes(classes).map(lambda c: c.p).astype(logits.dtype), residuals
 
 
-def _softmax_bwd(layout, residuals, cotangent):
-    logits, top, log_z = residuals
-    dtype = top.dtype
-
-    def at_top(x, top, unit):
-        return unit - below_max(x, top, unit)
-
-    def g_at_top(x, g, top, unit):
-        return at_top(x, top, unit) * g.astype(dtype)
-
-    def term(x, g, top, log_z, center, _):
-        return jnp.exp(_log_p(x, top, log_z)) * (g.astype(dtype) - center)
-
-    both = logits, cotangent
-    count = _sum(at_top, log_z, (logits,), (top,), layout)
-    center = _sum(g_at_top, count, both, (top,), layout) / jnp.maximum(count, 1)
-    mean = _sum(term, center, both, (top, log_z, center), layout)
-    x, g, top, log_z, center, mean, _ = again(mean, *both, top, log_z, center, mean)
-    return ((jnp.exp(_log_p(x, top, log_z)) * ((g.astype(dtype) - center) - mean)).astype(logits.dtype),)
+def _softmax_bwd(classes, residuals, cotangent):
+    passes = residuals.passes(classes, cotangent)
+    count = passes.sum(lambda c: c.at_max)
+    center = passes.sum(lambda c: c.at_max * c.q) / jnp.maximum(count, 1)
+    mean = passes.sum(lambda c, center: c.p * (c.q - center), center)
+    grad = passes.map(lambda c, center, mean: c.p * ((c.q - center) - mean), center, mean)
+    return (grad.astype(residuals.logits.dtype),)
 
 
 _softmax.defvjp(_softmax_fwd, _softmax_bwd)
@@ -216,37 +223,24 @@ _softmax.defvjp(_softmax_fwd, _softmax_bwd)
 
 # --- log_softmax: with cotangent g, dx[j] = g[j] - p[j] sum of g ------------------------------------------------------
 #
-# Where one class has p near 1 that cancels for it, and is computed as -expm1(log p) (sum of g) - (sum of the other g).
-# A masked class (-inf) takes no part: its g is left out.
+# Minus the gradient of a target (`targets`) with the shares g. A masked class (-inf) takes no part: its g is left out.
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _log_softmax(layout, logits):
-    return _log_softmax_fwd(layout, logits)[0]
+def _log_softmax(classes, logits):
+    return _log_softmax_fwd(classes, logits)[0]
 
 
-def _log_softmax_fwd(layout, logits):
-    top, log_z, *_ = _normalizer(logits, layout)
-    x, top_, log_z_, _ = again(log_z, logits, top, log_z)
-    return _log_p(x, top_, log_z_).astype(logits.dtype), (logits, top, log_z)
+def _log_softmax_fwd(classes, logits):
+    _, residuals = _normalizer(classes, logits)
+    return residuals.passes(classes).map(lambda c: c.log_p).astype(logits.dtype), residuals
 
 
-def _log_softmax_bwd(layout, residuals, cotangent):
-    logits, top, log_z = residuals
-    both, dtype = (logits, cotangent), top.dtype
-
-    def counted(x, g, unit):
-        return unmasked(x, unit) * g.astype(dtype)
-
-    def below(x, g, top, unit):
-        return unmasked(x, unit) * below_max(x, top, unit) * g.astype(dtype)
-
-    total = _sum(counted, log_z, both, (), layout)
-    others = _sum(below, total, both, (top,), layout)
-    x, g, top, log_z, total, others, _ = again(others, *both, top, log_z, total, others)
-    log_p, g = _log_p(x, top, log_z), g.astype(dtype)
-    grad = jnp.where(log_p > jnp.log(2 / 3), -jnp.expm1(log_p) * total - others, g - jnp.exp(log_p) * total)
-    return (jnp.where(x == -jnp.inf, 0, grad).astype(logits.dtype),)
+def _log_softmax_bwd(classes, residuals, cotangent):
+    passes = residuals.passes(classes, cotangent)
+    sums = targets.sums(passes, lambda c: c.present * c.q)
+    grad = passes.map(lambda c, sums: jnp.where(c.masked, 0, -targets.pull(c, c.q, sums)), sums)
+    return (grad.astype(residuals.logits.dtype),)
 
 
 _log_softmax.defvjp(_log_softmax_fwd, _log_softmax_bwd)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import jxent
-from jxent._blocks import blocks_of, owned, put, take
-from jxent._passes import blocks_in
+from jxent._core.passes import blocks_in
+from jxent._sweep.blocks import blocks_of, not_repeated, put, take
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_blocks_of_positions(shape, most, size, steps):
     places = jnp.arange(math.prod(shape)).reshape(shape)
     seen, copy = np.zeros(places.size, int), jnp.full(shape, -1)
     for i in range(blocks.number):
-        block, mine = take(blocks, i, places), owned(blocks, i)
+        block, mine = take(blocks, i, places), not_repeated(blocks, i)
         assert block.shape == size
         np.add.at(seen, np.asarray(block)[np.broadcast_to(True if mine is None else mine, size)], 1)
         copy = put(blocks, i, copy, block)

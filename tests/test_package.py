@@ -11,7 +11,7 @@ import pytest
 
 import jxent
 
-SOURCES = sorted(pathlib.Path(jxent.__file__).parent.glob("*.py"))
+SOURCES = sorted(pathlib.Path(jxent.__file__).parent.rglob("*.py"))
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)

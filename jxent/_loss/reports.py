@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.experimental import checkify
 from jax.sharding import AxisType
 
-from jxent._labels import by_index, out_of_range
+from jxent._core.labels import by_index, out_of_range
 
 
 def report_labels(function, labels, classes):

@@ -1,23 +1,30 @@
 """Classes and positions in shards: reductions over named axes of a mesh, and what they mean to a gradient.
 
-An axis name is a tuple of axes of `jax.shard_map` or `jax.vmap`, and empty where nothing is sharded: then all of these
-are the identity. Shards of the classes are of one size, and lie along the axes in order.
+An axis name is a tuple of axes of `jax.shard_map` or `jax.vmap`. It is empty where nothing is sharded, and every
+function here is then the identity. All shards of the classes have one size, and they lie along the axes in order.
 
-JAX differentiates the sum, over all devices, of what each one returns. So where all devices return the same number,
-each has a cotangent of its own for it, and what the number was computed from gets the sum of these. Under `shard_map`'s
-replication check the number's type says that it is one and the same, and it has one cotangent.
+JAX differentiates the sum, over all devices, of what each device returns. So where all devices return the same number,
+each of them has a cotangent of its own for it, and what the number was computed from gets the sum of these cotangents.
+Under the replication check of `jax.shard_map` the type of the number says that it is the same on all devices, and it
+has one cotangent.
 """
 
-from typing import Any, NamedTuple
+import typing
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+T = TypeVar("T")
+Maybe = TypeVar("Maybe", Array, Array | None)
 
 
 class Shards(NamedTuple):
-    """Of the classes. Static: a rule's backward pass may run where the axes are out of scope."""
+    """The shards of the classes. Static, because a rule's backward pass may run where the axes are out of scope."""
 
     axis_name: tuple = ()
     number: int = 1
@@ -29,6 +36,7 @@ def shards_of(axis_name):
 
 
 def total(values, axis_name):
+    """The sum over the shards."""
     return lax.psum(values, axis_name) if axis_name else values
 
 
@@ -41,37 +49,37 @@ def smallest(values, axis_name):
 
 
 def first_class(shards, classes):
-    """The global index of the first of this shard's `classes` classes; None for 0."""
+    """The global index of the first of this shard's `classes` classes; None where the classes are not sharded."""
     return lax.axis_index(shards.axis_name) * classes if shards.axis_name else None
 
 
-def offset(labels, first):
+def local_index(labels, first):
     """Global class indices counted from this shard's first class; those of other shards are out of its range."""
     return labels if first is None else labels - first.astype(labels.dtype)
 
 
-def own(values, shards, first):
-    """The values, which are the same on all shards, as each shard's own: `summed` then has a cotangent from each."""
+def each_shards_own(values, shards, first):
+    """Values that all shards share, as values of each shard: `shared_cotangent` then has a cotangent from each."""
     if shards.checked:
         return values
     return jax.tree.map(lambda v: jnp.where(first >= 0, v, v), values)
 
 
-def summed(cotangents, shards):
-    """Over all shards, the cotangents of values that all have the same of."""
+def shared_cotangent(cotangents, shards):
+    """The cotangents of values that all shards share: the sums of the shards' cotangents."""
 
-    def over(cotangent):
+    def axes(cotangent):
         if not shards.checked:
             return shards.axis_name
         return tuple(a for a in shards.axis_name if a in varying(cotangent))
 
-    return jax.tree.map(lambda c: total(c, over(c)), cotangents)
+    return jax.tree.map(lambda c: total(c, axes(c)), cotangents)
 
 
 # --- what types say of an array ---------------------------------------------------------------------------------------
 
 
-def varying(array):
+def varying(array) -> frozenset:
     """The axes of `shard_map` along which an array, or what `jax.eval_shape` returns, differs, if that is checked."""
     if array is None:
         return frozenset()
@@ -84,7 +92,7 @@ def checked(axis_name):
     return varying(lax.axis_index(axis_name)) if axis_name else frozenset()
 
 
-def everywhere(*arrays, axis_name=()):
+def varying_together(*arrays, axis_name=()):
     """The axes along which any of the arrays varies, and those of `axis_name`."""
     return frozenset().union(checked(axis_name), *map(varying, arrays))
 
@@ -92,27 +100,29 @@ def everywhere(*arrays, axis_name=()):
 def cast(array, axes):
     """`array`, if it is replicated over some of these axes, as one that varies along them; None for None.
 
-    A custom gradient must vary as its argument does; the transpose of this cast sums it over the axes.
+    A custom gradient must vary as its argument does; the transpose of this cast sums the gradient over the axes.
     """
     missing = tuple(frozenset(axes) - varying(array))
     return lax.pcast(array, missing, to="varying") if missing else array
 
 
-def alike(shards, labels, of_classes, of_positions):
-    """(`labels`, `of_classes`, `of_positions`), cast to vary along the axes along which any of them varies; see `cast`.
+def cast_alike(shards, labels, of_classes, of_positions):
+    """(`labels`, `of_classes`, `of_positions`), all cast to vary along the axes along which any of them varies.
 
-    What there is one of for each position, as class indices are, is the same on every shard of the classes.
+    Arrays with one entry for each position, such as class indices, stay the same on every shard of the classes.
     """
-    axes = everywhere(labels, *of_classes, *of_positions, axis_name=shards.axis_name)
+    leaves = jax.tree.leaves((labels, of_classes, of_positions))
+    axes = varying_together(*leaves, axis_name=shards.axis_name)
     positional = axes - frozenset(shards.axis_name)
     labels = cast(labels, positional if jnp.issubdtype(labels.dtype, jnp.integer) else axes)
-    return labels, [cast(a, axes) for a in of_classes], [cast(a, positional) for a in of_positions]
+    of_classes = jax.tree.map(partial(cast, axes=axes), of_classes)
+    return labels, of_classes, jax.tree.map(partial(cast, axes=positional), of_positions)
 
 
-def sharded_like(array, other, axes=None) -> Any:
+def sharded_like(array: Maybe, other: Array, axes: list[int] | None = None) -> Maybe:
     """`array`, whose axes are these of `other` (None for all), sharded as they are; None for None.
 
-    Along `Explicit` mesh axes: there arrays that meet must be sharded alike, and the type of `other` says how.
+    Only along `Explicit` mesh axes: there arrays that meet must be sharded alike, and the type of `other` says how.
     """
     if array is None or AxisType.Explicit not in jax.typeof(other).sharding.mesh.axis_types:
         return array
@@ -121,12 +131,12 @@ def sharded_like(array, other, axes=None) -> Any:
     return jax.sharding.reshard(array, NamedSharding(sharding.mesh, spec))
 
 
-def along_positions(array, other, axis):
+def sharded_as_positions(array, other, axis):
     """`sharded_like` for an array that has all axes of `other` but the class axis."""
     return sharded_like(array, other, [a for a in range(other.ndim) if a != axis])
 
 
-def by_compiler(function, spec, *arrays) -> Any:
+def by_compiler(function: Callable[..., T], spec, *arrays) -> T:
     """`function(*arrays)`, which the compiler is to partition even where mesh axes are `Explicit`.
 
     For what the types of sharded arrays do not allow, though it partitions well. The result is sharded by `spec`.
@@ -135,4 +145,5 @@ def by_compiler(function, spec, *arrays) -> Any:
     if not meshes:
         return function(*arrays)
     mesh = meshes[0]
-    return jax.sharding.auto_axes(function, axes=mesh.explicit_axes, out_sharding=NamedSharding(mesh, spec))(*arrays)
+    by_mesh = jax.sharding.auto_axes(function, axes=mesh.explicit_axes, out_sharding=NamedSharding(mesh, spec))
+    return typing.cast(Callable[..., T], by_mesh)(*arrays)

@@ -76,7 +76,7 @@ def put(blocks, i, array, block):
     return lax.dynamic_update_slice(view, block.reshape(shape), start).reshape(array.shape)
 
 
-def owned(blocks, i):
+def not_repeated(blocks, i):
     """Which positions of block `i` no later block holds too, an array that broadcasts to the block; None for all."""
     for axis, (length, size, steps) in enumerate(zip(*blocks, strict=True)):
         if size * steps > length:  # of one axis at most: any other that is cut is cut into single positions

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jxent._core.costs import Scalars
+
 REDUCTIONS = ("mean", "sum", "none")
 FLOATING = tuple(jnp.dtype(d) for d in (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64))
 
@@ -85,6 +87,13 @@ def class_axis(function, name, value, axis):
     if value.shape[axis] == 0:
         raise ValueError(f"{function}: {name} must have at least one class, got shape {value.shape} with axis={axis}")
     return axis
+
+
+def logits_and_labels(function, name, logits, labels, axis):
+    """(logits, labels, the class axis counted from the front) of a loss of logits, which the caller calls `name`."""
+    logits = floating(function, name, logits, "convert it with .astype(jnp.float32), or swap it with labels")
+    axis = class_axis(function, name, logits, axis)
+    return logits, class_labels(function, name, logits, labels, axis), axis
 
 
 def class_labels(function, name, logits, labels, axis):
@@ -290,6 +299,13 @@ def scalar(function, name, value, low, high):
     if value.shape != ():
         raise ValueError(f"{function}: {name} must be a number or a scalar, got shape {value.shape}")
     return jnp.asarray(value)
+
+
+def scalars(function, label_smoothing, z_loss_weight):
+    return Scalars(
+        label_smoothing=scalar(function, "label_smoothing", label_smoothing, 0, 1),
+        z_loss_weight=scalar(function, "z_loss_weight", z_loss_weight, 0, math.inf),
+    )
 
 
 def softcap(function, value):

@@ -1,14 +1,13 @@
-"""Labels as the rules take them: indices in range along the class axis, class weights, labels of the next token."""
+"""`next_token_labels`: labels of a language model."""
 
 from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax import Array
-from jaxtyping import Int
+from jaxtyping import Array, Int
 
-from jxent import _checks
-from jxent._shards import by_compiler
+from jxent._core.shards import by_compiler
+from jxent._loss import checks
 
 
 def next_token_labels(tokens: Int[Array, "*batch length"], *, ignore_index: int = -100) -> Int[Array, "*batch length"]:
@@ -34,12 +33,12 @@ def next_token_labels(tokens: Int[Array, "*batch length"], *, ignore_index: int 
       [[   6    7 -100]]
     """
     name = "next_token_labels"
-    tokens = _checks.array(name, "tokens", tokens)
+    tokens = checks.array(name, "tokens", tokens)
     if not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise TypeError(f"{name}: tokens must be integers, got {tokens.dtype}")
     if tokens.ndim == 0:
         raise ValueError(f"{name}: tokens need a sequence axis, got a scalar")
-    ignore_index = _checks.integer(name, "ignore_index", ignore_index)
+    ignore_index = checks.integer(name, "ignore_index", ignore_index)
     info = jnp.iinfo(tokens.dtype)
     if not info.min <= ignore_index <= info.max:
         raise ValueError(
@@ -54,28 +53,3 @@ def _shifted(tokens, ignore_index):
     last = jnp.arange(tokens.shape[-1]) == tokens.shape[-1] - 1
     rolled = by_compiler(partial(jnp.roll, shift=-1, axis=-1), jax.typeof(tokens).sharding.spec, tokens)
     return jnp.where(last, jnp.asarray(ignore_index, tokens.dtype), rolled)
-
-
-def by_index(labels):
-    """Whether the labels are class indices; otherwise they are class probabilities."""
-    return jnp.issubdtype(labels.dtype, jnp.integer)
-
-
-def out_of_range(labels, classes):
-    return (labels < 0) | (labels >= classes)
-
-
-def clipped(labels, classes, axis):
-    """The labels as a row array of indices that are in range."""
-    return jnp.expand_dims(jnp.clip(labels, 0, classes - 1), axis).astype(jnp.int32)
-
-
-def along(class_weight, ndim, axis, dtype):
-    """The class weights along the class axis, for broadcasting; None for None."""
-    if class_weight is None:
-        return None
-    return class_weight.astype(dtype).reshape([-1 if a == axis else 1 for a in range(ndim)])
-
-
-def times(values, weight):
-    return values if weight is None else values * weight

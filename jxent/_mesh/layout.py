@@ -10,8 +10,8 @@ from typing import NamedTuple
 import jax
 from jax.sharding import PartitionSpec
 
-from jxent._labels import by_index
-from jxent._sweep import Inputs
+from jxent._core.labels import by_index
+from jxent._sweep.sweep import Inputs
 
 
 def dimensions(vocab_axis, inputs, coefficients):
@@ -30,11 +30,11 @@ def dimensions(vocab_axis, inputs, coefficients):
     return given, jax.tree.map(lambda _: positions, coefficients)
 
 
-def result_dimensions(arguments, rows, grads):
-    """The same for the results of a sweep, with which `rows` and `grads` share their structure."""
+def result_dimensions(arguments, out, grads):
+    """The same for the results of a sweep, with which `out` and `grads` share their structure."""
     inputs, _ = arguments
     names = inputs._asdict() | {"kernel": tuple("d" + name for name in inputs.kernel)}
-    return jax.tree.map(lambda _: inputs.hidden[:-1], rows), {name: names[name] for name in grads}
+    return jax.tree.map(lambda _: inputs.hidden[:-1], out), {name: names[name] for name in grads}
 
 
 def is_dimensions(value):

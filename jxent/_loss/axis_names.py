@@ -5,8 +5,8 @@ from collections.abc import Hashable
 import jax
 from jax.sharding import PartitionSpec
 
-from jxent._checks import shown
-from jxent._shards import checked, shards_of, varying
+from jxent._core.shards import checked, shards_of, varying
+from jxent._loss.checks import shown
 
 AxisName = Hashable | tuple[Hashable, ...]
 

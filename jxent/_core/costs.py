@@ -1,0 +1,231 @@
+"""What each position costs, and the exact gradient of that: the rule under `cross_entropy`.
+
+A position's loss is a sum of costs times coefficients. With log p = (x - m) - log_z (`normalizer`) the costs are
+
+    label     -log p[t] for an index label t; for class probabilities q the target of shares q[j] w[j] (`targets`)
+    uniform   the target of shares w[j] / n over the n classes that are not masked, for label smoothing
+    z         (m + log_z)**2, for the z-loss
+
+Each of them is a class below, with its value, its gradient and its coefficient, and travels under its name. To add a
+cost, write such a class, name it in `OPTIONAL`, and let `Scalars` have the option that multiplies it.
+
+The rule takes no coefficient: weights, smoothing and the mean's denominator are plain JAX outside of it, and have their
+true gradients. Memory: nothing of the size of the logits in the forward pass; in the backward pass their gradient, and
+those of class weights and of probability labels may write as many arrays of that size again.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+
+from jxent._core import targets
+from jxent._core.labels import by_index
+from jxent._core.passes import Class, Passes, compute_dtype, given
+from jxent._core.shards import Shards, local_index
+from jxent._core.weights import is_used, product_of
+
+
+class Form(NamedTuple):
+    """Which costs are wanted, of what; static."""
+
+    axis: int
+    logit_softcap: float | None
+    costs: tuple[str, ...]  # names
+    stats: bool
+    shards: Shards  # of the classes
+
+
+class CostInputs(NamedTuple):
+    """What the rule takes, and the gradients of that (None for none).
+
+    Where the classes are sharded, all of these are this shard's, but class indices count the classes of all shards.
+    """
+
+    logits: Array
+    labels: Array  # class indices without the class axis, or class probabilities of the logits' shape
+    class_weight: Array | None  # (classes,); in the sums over classes, not in the cost of an index label
+    keep: Array | None  # a row array, False where a position does not count; what its logits hold reaches no gradient
+    first: Array | None  # the class that this shard begins with; None if the classes are not sharded
+
+    @property
+    def dtype(self):
+        """To compute in."""
+        return compute_dtype(self.logits.dtype, *([] if by_index(self.labels) else [self.labels.dtype]))
+
+
+class Scalars(NamedTuple):
+    """Options of a loss that multiply costs: Python numbers, or arrays of shape ()."""
+
+    label_smoothing: float | Array = 0.0
+    z_loss_weight: float | Array = 0.0
+
+
+# --- the costs --------------------------------------------------------------------------------------------------------
+
+
+class Known(NamedTuple):
+    """Row arrays that are known before any cost is taken."""
+
+    log_normalizer: Array
+    label_logit: Array | None  # for index labels
+
+
+class Cost:
+    """One cost of each position. Its arrays are row arrays, but for those of a `Class`."""
+
+    option = ""  # the name of the option in `Scalars` that multiplies the cost
+    gradient_takes_p_alone = False  # of each class, so that kept exponentials serve for the logits
+    steepness = 1  # a bound of the gradient's elements for a coefficient of 1, for the range of float16: see `sweep`
+
+    def coefficient(self, scalars: Scalars, sample_weight, label_weight):
+        """What multiplies the cost in the loss of a position; None for 1, as for weights that are not given."""
+        del label_weight
+        return product_of(sample_weight, getattr(scalars, self.option))
+
+    def value(self, passes: Passes, known: Known) -> tuple[Array, Array | None]:
+        """(the cost, what to keep for its gradient)."""
+        raise NotImplementedError
+
+    def rows(self, passes: Passes, kept: Array, cotangent: Array) -> tuple:
+        """What `gradient` takes besides a class, by passes of its own; the cotangent multiplies the gradient."""
+        raise NotImplementedError
+
+    def gradient(self, c: Class, rows) -> Array:
+        """The gradient by x, for `Passes.map`."""
+        raise NotImplementedError
+
+    def to_class_weight(self, c: Class, rows) -> Array | float:
+        """The gradient by the class weight, of each position, for `Passes.map`."""
+        del c, rows
+        return 0.0
+
+
+class _Label(Cost):
+    """The cost of the label, from which smoothing takes its share."""
+
+    def coefficient(self, scalars, sample_weight, label_weight):
+        rest = 1 - scalars.label_smoothing if is_used(scalars.label_smoothing) else None
+        return product_of(sample_weight, label_weight, rest)
+
+
+class IndexLabel(_Label):
+    """-log p[t]. The gradient is p[j] - [j = t], which at j = t is expm1(-cost)."""
+
+    gradient_takes_p_alone = True
+
+    def __init__(self, index: Array):
+        self.index = index  # a row array, counted from this shard's first class
+
+    def value(self, passes, known):
+        cost = given(passes.arrays.log_z) - passes.z_of(given(known.label_logit))
+        return cost, cost
+
+    def rows(self, passes, kept, cotangent):
+        return self.index, cotangent, cotangent * jnp.expm1(-kept)
+
+    def gradient(self, c, rows):
+        index, cotangent, at_label = rows
+        return jnp.where(c.index == index, at_label, cotangent * c.p_but_label)
+
+
+class _Target(Cost):
+    """The cost of a target (`targets`) whose shares are the class weights times `unweighted`."""
+
+    def unweighted(self, c: Class) -> Array:
+        raise NotImplementedError
+
+    def share(self, c):
+        return c.weighted(self.unweighted(c))
+
+    def value(self, passes, known) -> tuple[Array, Array | None]:
+        return targets.cost(passes, self.share), None
+
+    def rows(self, passes, kept, cotangent):
+        return cotangent, targets.sums(passes, self.share)
+
+    def gradient(self, c, rows):
+        cotangent, sums = rows
+        return cotangent * targets.pull(c, self.share(c), sums)
+
+    def to_class_weight(self, c, rows):
+        share = self.unweighted(c)
+        return rows[0] * (share * c.cost_of(share))
+
+
+class ProbabilityLabel(_Label, _Target):
+    """The target of shares q[j] w[j]."""
+
+    def unweighted(self, c):
+        return c.q
+
+    def to_label(self, c, rows):
+        """The gradient by q[j], which is w[j] (-log p[j]), for `Passes.map`."""
+        return rows[0] * c.weighted(c.cost_of(c.q))
+
+
+class Uniform(_Target):
+    """The target of shares w[j] / n, n being the number of classes that are not masked."""
+
+    option = "label_smoothing"
+
+    def unweighted(self, c):
+        return c.present
+
+    def value(self, passes, known):
+        n = jnp.maximum(passes.sum(self.unweighted), 1)
+        return targets.cost(passes, self.share) / n, n
+
+    def rows(self, passes, kept, cotangent):
+        n = kept
+        sums = targets.Sums(n, n - 1) if passes.arrays.weight is None else targets.sums(passes, self.share)
+        return cotangent / n, sums
+
+
+class SquaredNormalizer(Cost):
+    """(m + log_z)**2, with the gradient 2 (m + log_z) p[j]."""
+
+    option = "z_loss_weight"
+    gradient_takes_p_alone = True
+    steepness = 64
+
+    def value(self, passes, known):
+        return known.log_normalizer**2, known.log_normalizer
+
+    def rows(self, passes, kept, cotangent):
+        return (2 * cotangent * kept,)
+
+    def gradient(self, c, rows):
+        return rows[0] * c.p
+
+
+OPTIONAL = {"uniform": Uniform(), "z": SquaredNormalizer()}
+
+
+def wanted_costs(scalars: Scalars) -> tuple[str, ...]:
+    """The names of the costs that a loss with these options has."""
+    return "label", *(name for name, cost in OPTIONAL.items() if is_used(getattr(scalars, cost.option)))
+
+
+def weighs_classes(form: Form, labels) -> bool:
+    """Whether a cost takes class weights into its sum over the classes."""
+    return not by_index(labels) or any(isinstance(OPTIONAL.get(name), _Target) for name in form.costs)
+
+
+def coefficients(form: Form, scalars: Scalars, sample_weight, label_weight) -> dict[str, Array | None]:
+    """What multiplies the costs in the loss, by the names of the costs; None stands for 1."""
+    label = _Label()
+    return {name: OPTIONAL.get(name, label).coefficient(scalars, sample_weight, label_weight) for name in form.costs}
+
+
+def steepness(name: str) -> float:
+    return OPTIONAL.get(name, Cost).steepness
+
+
+def costs_of(form: Form, inputs: CostInputs) -> dict[str, Cost]:
+    """The costs by name."""
+    if by_index(inputs.labels):
+        label = IndexLabel(local_index(jnp.expand_dims(inputs.labels, form.axis), inputs.first))
+    else:
+        label = ProbabilityLabel()
+    return {name: label if name == "label" else OPTIONAL[name] for name in form.costs}

@@ -1,0 +1,378 @@
+"""Passes over the logits, and all that XLA:CPU must be told so that a pass writes no copy of them.
+
+A pass reads every logit once. `Passes.sum` adds a term up over the classes; `Passes.map` returns arrays of the logits'
+shape. A term is a function of one `Class`, and reads like its formula: ``passes.sum(lambda c: jnp.exp(c.z))``.
+
+XLA:CPU fuses a sum with the arithmetic that feeds it, into a loop without an array of the logits' size, but
+
+- not with comparisons and selections. So a mask is a number, 0 or 1, made of `minimum` and `maximum`;
+- not with a value of the logits' size that another pass uses too, be it the upcast logits, a broadcast row or a
+  broadcast constant. So a barrier gives each pass arrays of its own, and a 1, `unit`, to make its constants of;
+- not well over more than 2**15 classes in an axis, where it takes four times as long. So such sums take two steps.
+
+It also fuses a sum with what the next pass makes of it, and would store an array for that. So each sum ends with a
+selection that changes nothing, `apart`. Exponentials cost a CPU more than memory does. So a caller who has room for an
+array of the logits' size can keep them, and later passes read them (`Passes.keep_exponentials`).
+
+A "row" array has the logits' shape with size 1 along the class axes. Where the classes are sharded, each sum is one
+over the shards too. All is computed in float32, or in float64 for float64 logits. Of float16 logits XLA:CPU writes a
+float32 copy: it fuses the upcast of bfloat16 with a sum, not that of float16.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jxent._core.labels import pick
+from jxent._core.shards import cast, total, varying
+
+T = TypeVar("T")
+
+
+def compute_dtype(*dtypes):
+    """At least float32, and float64 if any of `dtypes` is."""
+    return jnp.promote_types(jnp.result_type(*dtypes), jnp.float32)
+
+
+# --- what the compiler is told ----------------------------------------------------------------------------------------
+
+
+def barrier(values):
+    """`lax.optimization_barrier`, but none to tangents, which JAX 0.12 cannot always transpose.
+
+    Except inside a `shard_map` that checks replication, where a barrier makes values vary, and tangents must follow.
+    """
+    return (lax.optimization_barrier if any(map(varying, jax.tree.leaves(values))) else _barrier)(values)
+
+
+@jax.custom_jvp
+def _barrier(values):
+    return lax.optimization_barrier(values)
+
+
+@_barrier.defjvp
+def _barrier_jvp(primals, tangents):
+    return _barrier(*primals), tangents[0]
+
+
+def on_cpu(function: Callable[..., T], *operands) -> T:
+    """`function(cpu, *operands)`, with `cpu` True where it is lowered for a CPU and False elsewhere."""
+    return lax.platform_dependent(*operands, cpu=partial(function, True), default=partial(function, False))
+
+
+def apart(row):
+    """`row` unchanged. The selection stops XLA:CPU from fusing the sum that `row` is into what uses it next."""
+    return jnp.where(row == jnp.inf, jnp.inf, row)
+
+
+def given(array: Array | None) -> Array:
+    """An array that is there wherever this is asked."""
+    assert array is not None
+    return array
+
+
+# --- one class --------------------------------------------------------------------------------------------------------
+
+
+def _most(unit):
+    """The largest finite number."""
+    return float(jnp.finfo(unit.dtype).max) * unit
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _centered(logits, top, cap, unit):
+    """x - m, in the dtype of `unit`: exactly 0 at the largest logit `top`, which is a constant to differentiation.
+
+    x is the logit, or cap * tanh(logit / cap). With a = top / cap and b = logit / cap,
+
+        tanh(b) - tanh(a) = 2 expm1(-2 (a - b)) / ((1 + exp(-2 a)) (1 + exp(2 b)))
+
+    which does not cancel, as the difference of two rounded tanh would.
+    """
+    x, top = logits.astype(unit.dtype), top.astype(unit.dtype)
+    if cap is None:
+        return x - top
+    cap = cap * unit
+    falling, rising = jnp.exp(-2 * unit * (top / cap)), jnp.exp(2 * unit * (x / cap))
+    z = 2 * cap * jnp.expm1(-2 * unit * ((top - x) / cap)) / ((unit + falling) * (unit + rising))
+    # The last term is 0, or -inf where x is: a masked class stays masked.
+    return z + jnp.minimum(x * (0.25 * unit) + _most(unit), 0 * unit)
+
+
+@_centered.defjvp
+def _centered_jvp(cap, primals, tangents):
+    logits, top, unit = primals[0], *lax.stop_gradient(primals[1:])
+    z = _centered(logits, top, cap, unit)
+    return z, _slope(logits.astype(z.dtype), cap, tangents[0].astype(z.dtype))
+
+
+def _slope(logits, cap, values):
+    """`values` times the derivative of x by the logits: 1 - tanh(u)**2, which cancels where the cap saturates.
+
+    4 e / (1 + e)**2 with e = exp(-2 |u|) is the same, and does not cancel.
+    """
+    if cap is None:
+        return values
+    e = jnp.exp(-2 * jnp.abs(logits / cap))
+    return 4 * e / (1 + e) ** 2 * values
+
+
+def _present(logits, unit):
+    """1, and 0 where a logit is -inf."""
+    x = logits.astype(unit.dtype)
+    return lax.stop_gradient(jnp.minimum(jnp.maximum(x * (0.25 * unit) + _most(unit), 0 * unit), unit))
+
+
+def _product(weight, cost, unit):
+    """weight * cost for a cost in [0, inf], with 0 * inf = 0."""
+    finite = jnp.minimum(cost, _most(unit))
+    sign = jnp.maximum(jnp.minimum(weight * _most(unit), unit), -unit)
+    # The largest finite number where the cost is infinite and the weight is not 0, which four times is infinite.
+    excess = lax.stop_gradient(sign * ((unit - _present(-cost, unit)) * finite))
+    return weight * finite + (4 * unit) * excess
+
+
+class Arrays(NamedTuple):
+    """What the passes over some rows read; None for what is not there."""
+
+    logits: Array | None = None  # None where `exp` is kept instead
+    q: Array | None = None  # a number for each class of each position, such as label probabilities
+    weight: Array | None = None  # a number for each class, with as many axes as the logits
+    exp: Array | None = None  # exp(x - m), where it is kept
+    top: Array | None = None  # this and the rest are row arrays: the largest logit,
+    log_z: Array | None = None  # log sum exp(x - m),
+    inverse_z: Array | None = None  # and exp(-log_z), which goes with `exp`
+
+
+@dataclass(frozen=True)
+class Class:
+    """One class of every position. What a term takes from it broadcasts against the logits."""
+
+    arrays: Arrays
+    softcap: float | None
+    axis: tuple[int, ...]
+    exp_lacks_label: bool
+    unit: Array
+
+    @cached_property
+    def z(self) -> Array:
+        """x - m, 0 at the largest logit."""
+        return _centered(self._logit, self.arrays.top, self.softcap, self.unit)
+
+    @cached_property
+    def exp_z(self) -> Array:
+        return jnp.exp(self.z) if self.arrays.exp is None else self._exp
+
+    @cached_property
+    def log_p(self) -> Array:
+        """The log-probability: z - log_z, or the logit itself where there is no normalizer."""
+        return self._logit.astype(self.unit.dtype) if self.arrays.log_z is None else self.z - self.arrays.log_z
+
+    @cached_property
+    def p(self) -> Array:
+        return jnp.exp(self.log_p) if self.arrays.exp is None else self._exp * given(self.arrays.inverse_z)
+
+    @cached_property
+    def p_but_label(self) -> Array:
+        """`p`, except at the index label, where it may be 0."""
+        return self.p if self.arrays.exp is None else self.arrays.exp * given(self.arrays.inverse_z)
+
+    @cached_property
+    def q(self) -> Array:
+        """The label's probability of this class, or what else `Arrays.q` has for each class."""
+        return given(self.arrays.q).astype(self.unit.dtype)
+
+    @cached_property
+    def present(self) -> Array:
+        """1, and 0 for a class that is masked with -inf."""
+        return _present(self._logit, self.unit)
+
+    @property
+    def masked(self) -> Array:
+        """Whether a class is masked, for `Passes.map`."""
+        return self._logit == -jnp.inf
+
+    @cached_property
+    def below_max(self) -> Array:
+        """0 for the class with the largest logit and 1 below it.
+
+        Kept exponentials tell the two apart only where p of the largest is above 2/3, which is where it matters.
+        """
+        if self.arrays.exp is not None:
+            distance = self.unit - self._exp
+        else:
+            distance = given(self.arrays.top).astype(self.unit.dtype) - self._logit.astype(self.unit.dtype)
+        return lax.stop_gradient(jnp.minimum(distance * (_most(self.unit) / 4), self.unit))
+
+    @property
+    def at_max(self) -> Array:
+        return self.unit - self.below_max
+
+    @cached_property
+    def index(self) -> Array:
+        return class_index(jax.tree.leaves(self.arrays)[0], self.axis)
+
+    def weighted(self, share: Array) -> Array:
+        """The share times the class weight, if there is one."""
+        return share if self.arrays.weight is None else share * self.arrays.weight
+
+    def cost(self, share: Array) -> Array:
+        """share * -log p, with 0 * inf = 0."""
+        return _product(share, -self.log_p, self.unit)
+
+    def cost_of(self, share: Array) -> Array:
+        """-log p, and 0 for a masked class without a share: it is no class. For `Passes.map`."""
+        return jnp.where(self.masked & (share == 0), 0, -self.log_p)
+
+    def to_logit(self, gradient: Array) -> Array:
+        """The gradient by the logit, in its dtype, from that by z. For `Passes.map`."""
+        # Of no positions the gradient is a constant, which varies along no axis by itself.
+        gradient = cast(gradient, varying(jax.tree.leaves(self.arrays)[0]))
+        if self.softcap is not None:
+            gradient = _slope(self._logit.astype(gradient.dtype), self.softcap, gradient)
+        return gradient if self.arrays.logits is None else gradient.astype(self.arrays.logits.dtype)
+
+    @property
+    def _logit(self) -> Array:
+        assert self.arrays.logits is not None, "of these logits exponentials alone are kept"
+        return self.arrays.logits
+
+    @property
+    def _exp(self) -> Array:
+        assert not self.exp_lacks_label, "the exponentials that are kept are 0 at the label"
+        return given(self.arrays.exp)
+
+
+# --- the passes -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Passes:
+    """Passes over the same arrays, one after the other.
+
+    Each pass starts once the sum before it, `previous`, is known, or XLA:CPU would make one pass of several and store
+    what they share. Terms know `z` where `Arrays.top` is given, and the probabilities where `Arrays.log_z` is.
+    """
+
+    arrays: Arrays
+    axis: tuple[int, ...]
+    dtype: jnp.dtype  # to compute in
+    softcap: float | None = None
+    axis_name: tuple = ()  # over which the classes are sharded
+    previous: Array | None = None
+    exp_lacks_label: bool = False  # whether `Arrays.exp` is 0 at the index label
+
+    def sum(self, term, *rows) -> Array:
+        """The sum over the classes of ``term(c, *rows)``, a row array; the `rows` are row arrays too."""
+        classes = self._blockable()
+        number = blocks_in(classes) if classes > 2**15 else 1
+
+        def sums(cpu, *operands):
+            blocks = self._block_sums(number if cpu else 1, term, *operands)
+            return jnp.sum(blocks, self.axis, keepdims=True)
+
+        operands = self.previous, self.arrays, *rows
+        return self._known(on_cpu(sums, *operands) if number > 1 else sums(False, *operands))
+
+    def map(self, term, *rows):
+        """``term(c, *rows)``, which may be several arrays."""
+        c, rows = self._start(self.previous, self.arrays, *rows)
+        return term(c, *rows)
+
+    def z_of(self, logit: Array) -> Array:
+        """x - m of any logits of the positions."""
+        return _centered(logit, self.arrays.top, self.softcap, jnp.ones((), self.dtype))
+
+    def keep_exponentials(self, but: Array | None = None) -> Array:
+        """Has later passes read exp(x - m) from memory, and returns its sum, less that of the class index `but`."""
+        exp = jnp.exp(self.z_of(given(self.arrays.logits)))
+        if but is not None:
+            exp, self.exp_lacks_label = jnp.where(class_index(exp, self.axis) == but, 0, exp), True
+        self.arrays = self.arrays._replace(exp=exp)
+        return self._known(jnp.sum(exp, self.axis, keepdims=True))
+
+    def sum_of_exponentials(self, but: Array | None = None) -> Array:
+        """The sum of exp(x - m) over the classes, but for the class index `but`, without a cancellation.
+
+        A mask costs a CPU as much as the exponentials. So many classes it adds up in blocks, the label's block anew.
+        """
+        if but is None:
+            return self.sum(lambda c: c.exp_z)
+        (axis,), classes = self.axis, self._blockable()
+        most = 2**15 if given(self.arrays.logits).dtype.itemsize == 2 else 2**14
+        number = blocks_in(classes) if classes > most else 1
+
+        def unless_label(c, label):
+            distance = lax.broadcasted_iota(c.unit.dtype, c.z.shape, axis) - label.astype(c.unit.dtype)
+            return c.exp_z * jnp.minimum(jnp.abs(distance), c.unit)
+
+        def sums(cpu, previous, arrays, label):
+            if not cpu:
+                return jnp.sum(self._block_sums(1, unless_label, previous, arrays, label), axis, keepdims=True)
+            blocks = self._block_sums(number, lambda c: c.exp_z, previous, arrays)
+            size = classes // number
+            near_shape = (*label.shape[:axis], size, *label.shape[axis + 1 :])
+            near = label // size * size + lax.broadcasted_iota(label.dtype, near_shape, axis)
+            terms = jnp.exp(self.z_of(pick(arrays.logits, jnp.clip(near, 0, classes - 1), axis)))
+            anew = jnp.sum(jnp.where(near == label, 0, terms), axis, keepdims=True)
+            here = lax.broadcasted_iota(label.dtype, blocks.shape, axis) == label // size
+            return jnp.sum(jnp.where(here, anew, blocks), axis, keepdims=True)
+
+        operands = self.previous, self.arrays, but
+        return self._known(on_cpu(sums, *operands) if number > 1 else sums(False, *operands))
+
+    def _start(self, previous, arrays, *rows):
+        """(the `Class`, the rows) of a pass that starts once `previous` is known."""
+        unit = jnp.ones((), self.dtype)
+        arrays, rows, unit, _ = barrier((arrays, rows, unit, previous))
+        return Class(arrays, self.softcap, self.axis, self.exp_lacks_label, unit), rows
+
+    def _block_sums(self, number, term, previous, arrays, *rows):
+        """The terms: added up within `number` blocks of classes, which become the class axis, or for 1 as they are."""
+        c, rows = self._start(previous, arrays, *rows)
+        if number == 1:
+            return term(c, *rows)
+        (axis,) = self.axis
+
+        def in_blocks(array):
+            size = array.shape[axis]
+            blocks = (1, 1) if size == 1 else (number, size // number)
+            return array.reshape(*array.shape[:axis], *blocks, *array.shape[axis + 1 :])
+
+        arrays, rows = jax.tree.map(in_blocks, (c.arrays, rows))
+        return apart(jnp.sum(term(replace(c, arrays=arrays), *rows), axis + 1))
+
+    def _known(self, sums):
+        self.previous = apart(total(sums, self.axis_name))
+        return self.previous
+
+    def _blockable(self):
+        """How many classes there are in the one class axis; 0 if it cannot be cut into blocks."""
+        like = jax.tree.leaves(self.arrays)[0]
+        if len(self.axis) != 1 or not isinstance(like.shape[self.axis[0]], int):
+            return 0
+        return like.shape[self.axis[0]] if jax.typeof(like).sharding.spec[self.axis[0]] is None else 0
+
+
+def class_index(array, axis):
+    """0, 1, 2, ... along the class axis and 1 along the others, from memory: faster than counting in each row."""
+    shape = [size if a in axis else 1 for a, size in enumerate(array.shape)]
+    return barrier(lax.broadcasted_iota(jnp.int32, shape, axis[0]))
+
+
+def blocks_in(classes):
+    """A divisor of the number of classes, not far from its square root; 1 if there is none.
+
+    It has the classes' factors of 2, up to 256 of them, so that shards of the classes hold whole blocks.
+    """
+    even = min(classes & -classes, 256)
+    rest = classes // even
+    divisors = [even * d for d in range(1, rest + 1) if rest % d == 0]
+    fit = [d for d in divisors if 1 < d <= classes // 16 and classes // d <= 2**15]
+    return min(fit, key=lambda d: abs(math.log(2 * d * d / classes)), default=1)

@@ -1,0 +1,188 @@
+"""The rule of the costs: their values forwards, their gradients backwards, and what is kept in between."""
+
+from functools import partial, reduce
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jxent._core import targets
+from jxent._core.costs import CostInputs, Form, Known, ProbabilityLabel, costs_of
+from jxent._core.labels import at_label, by_index, clipped, out_of_range, pick
+from jxent._core.normalizer import normalizer
+from jxent._core.passes import Arrays, Passes, on_cpu
+from jxent._core.shards import each_shards_own, largest, local_index, sharded_like, shared_cotangent, smallest
+from jxent._core.weights import along, only
+
+
+class Residuals(NamedTuple):
+    inputs: CostInputs  # without logits where `exp` serves for them
+    top: Array  # row arrays, see `Normalizer`
+    log_z: Array  # NaN where the index label is out of range
+    kept: dict[str, Array | None]  # row arrays, by the names of the costs that keep them
+    exp: Array | None  # of the logits' shape, see `Normalizer`
+
+    def passes(self, form, previous):
+        dtype, inputs = self.log_z.dtype, self.inputs
+        like = inputs.logits if self.exp is None else self.exp
+        arrays = Arrays(
+            inputs.logits,
+            q=None if by_index(inputs.labels) else inputs.labels,
+            weight=along(inputs.class_weight, like.ndim, form.axis, dtype),
+            exp=self.exp,
+            top=self.top,
+            log_z=self.log_z,
+            inverse_z=None if self.exp is None else jnp.exp(-self.log_z),
+        )
+        axis, lacks_label = (form.axis,), leaves_label_out(form, inputs.labels, like.shape[form.axis])
+        return Passes(arrays, axis, dtype, form.logit_softcap, form.shards.axis_name, previous, lacks_label)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def costs(form: Form, inputs: CostInputs) -> tuple[dict[str, Array], dict[str, Array]]:
+    """(the costs, the statistics) of each position by name, row arrays; no gradient flows through the statistics."""
+    return each_shards_own(costs_fwd(form, False, inputs)[0], form.shards, inputs.first)
+
+
+def costs_fwd(form, room, inputs):
+    """The forward rule; with `room` for an array of the logits' size, exponentials are kept."""
+    logits, labels, axis = inputs.logits, inputs.labels, form.axis
+    classes = logits.shape[axis] * form.shards.number
+    label = None
+    if by_index(labels):
+        index = local_index(clipped(labels, classes, axis), inputs.first)
+        label = index, at_label(logits, index, axis, form.shards.axis_name)
+    left_out = label if leaves_label_out(form, labels, logits.shape[axis]) else None
+    cap, axis_name = form.logit_softcap, form.shards.axis_name
+    row = normalizer(logits, left_out, (axis,), cap, inputs.dtype, room, axis_name)
+    log_z = row.log_z
+    if label is not None:
+        log_z = jnp.where(out_of_range(jnp.expand_dims(labels, axis), classes), jnp.nan, log_z)
+
+    residuals = Residuals(inputs, row.top, log_z, {}, None)
+    passes = residuals.passes(form, log_z)
+    known = Known(row.log_normalizer, None if label is None else label[1])
+    values = {name: cost.value(passes, known) for name, cost in costs_of(form, inputs).items()}
+    out = {name: value for name, (value, _) in values.items()}
+    stats = _stats(form, inputs, passes, known, out["label"]) if form.stats else {}
+    return (out, stats), residuals._replace(kept={name: kept for name, (_, kept) in values.items()}, exp=row.exp)
+
+
+def leaves_label_out(form, labels, classes):
+    """Whether the sum of exponentials leaves the label's class out instead of the maximum's.
+
+    It must not where log_z is wanted for itself. Nor where float32 cannot count the classes, beyond 2**24.
+    """
+    countable = isinstance(classes, int) and classes <= 2**24
+    return by_index(labels) and form.costs == ("label",) and not form.stats and countable
+
+
+def _stats(form, inputs, passes, known, label_cost):
+    entropy = passes.sum(lambda c: c.cost(c.p))
+    log_prob = -label_cost
+    if passes.arrays.q is not None and passes.arrays.weight is not None:
+        log_prob = -targets.cost(passes, lambda c: c.q)
+    return {
+        "log_prob": log_prob,
+        "log_normalizer": known.log_normalizer,
+        "entropy": entropy,
+        "prediction": _prediction(form, inputs.logits, inputs.first),
+    }
+
+
+def _prediction(form, logits, first):
+    """The first class with the largest logit, or the first whose logit is NaN."""
+    here = jnp.expand_dims(lax.argmax(logits, form.axis, jnp.int32), form.axis)
+    if first is None:
+        return here
+    value = lax.stop_gradient(pick(logits, here, form.axis))
+    value = jnp.where(jnp.isnan(value), jnp.inf, value)
+    best = value == largest(value, form.shards.axis_name)
+    return smallest(jnp.where(best, here + first, jnp.iinfo(jnp.int32).max), form.shards.axis_name)
+
+
+def costs_bwd(form, residuals, cotangents):
+    """The gradients of the costs' sum with these coefficients; but for the logits', in the dtype to compute in."""
+    inputs, named = residuals.inputs, costs_of(form, residuals.inputs)
+    passes = residuals.passes(form, cotangents["label"])
+    rows = {name: cost.rows(passes, residuals.kept[name], cotangents[name]) for name, cost in named.items()}
+
+    def gradients(c, rows):
+        to_x = _added_up(cost.gradient(c, rows[name]) for name, cost in named.items())
+        label, to_labels, to_weight = named["label"], None, None
+        if isinstance(label, ProbabilityLabel):
+            to_labels = label.to_label(c, rows["label"])
+        if inputs.class_weight is not None:
+            to_weight = _added_up(cost.to_class_weight(c, rows[name]) for name, cost in named.items())
+        return c.to_logit(to_x), to_labels, to_weight
+
+    return summed_up(form, inputs, *passes.map(gradients, rows))
+
+
+def _added_up(arrays):
+    return reduce(jnp.add, arrays)
+
+
+def summed_up(form, inputs, to_logits, to_labels, to_weight):
+    """The gradients of `CostInputs`, from those at each position; 0 where a position does not count."""
+    grads = CostInputs(to_logits, to_labels, to_weight, None, None)
+    grads = jax.tree.map(lambda grad: only(inputs.keep, grad), grads)
+    if to_weight is None:
+        return grads
+    positions = tuple(a for a in range(to_weight.ndim) if a != form.axis)
+    return grads._replace(class_weight=jnp.sum(grads.class_weight, positions))
+
+
+# --- between the passes -----------------------------------------------------------------------------------------------
+
+
+def _exchanges_logits(form, inputs):
+    """Whether exponentials can be kept for the backward pass in the place of the logits, and are all that it needs."""
+    takes_p_alone = all(cost.gradient_takes_p_alone for cost in costs_of(form, inputs).values())
+    return takes_p_alone and form.logit_softcap is None and inputs.logits.dtype == inputs.dtype
+
+
+def _costs_fwd(form, inputs):
+    """What is kept is (residuals, None), or residuals without logits and, beside them, logits or exponentials."""
+
+    def forward(cpu, inputs):
+        out, residuals = costs_fwd(form, cpu, inputs)
+        logits_or_exp = residuals.exp if cpu else inputs.logits
+        return out, (residuals._replace(inputs=inputs._replace(logits=None), exp=None), logits_or_exp)
+
+    if _exchanges_logits(form, inputs):
+        out, kept = on_cpu(forward, inputs)
+    else:
+        out, residuals = costs_fwd(form, False, inputs)
+        kept = residuals, None
+    return each_shards_own(out, form.shards, inputs.first), kept
+
+
+def _costs_bwd(form, kept, cotangents):
+    residuals, logits_or_exp = kept
+    cotangents = shared_cotangent(cotangents[0], form.shards)
+    if logits_or_exp is None:
+        return (like_inputs(costs_bwd(form, residuals, cotangents), residuals.inputs),)
+
+    def backward(cpu, residuals, logits_or_exp, cotangents):
+        if cpu:
+            residuals = residuals._replace(exp=logits_or_exp)
+        else:
+            residuals = residuals._replace(inputs=residuals.inputs._replace(logits=logits_or_exp))
+        return costs_bwd(form, residuals, cotangents)
+
+    grads = on_cpu(backward, residuals, logits_or_exp, cotangents)
+    return (like_inputs(grads, residuals.inputs._replace(logits=logits_or_exp)),)
+
+
+def like_inputs(grads, inputs):
+    """The gradients in the dtype and the sharding of the inputs."""
+
+    def like(grad, array):
+        return None if grad is None else sharded_like(grad.astype(array.dtype), array)
+
+    return CostInputs._make(map(like, grads, inputs))
+
+
+costs.defvjp(_costs_fwd, _costs_bwd)

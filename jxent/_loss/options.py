@@ -1,0 +1,47 @@
+"""The options of a loss, static or traced, and the arrays that it takes besides logits and labels."""
+
+from typing import NamedTuple
+
+from jax import Array
+
+from jxent._core.costs import Form, Scalars, wanted_costs
+from jxent._loss import checks
+
+
+class Options(NamedTuple):
+    """What is static of a call."""
+
+    function: str  # the names of the public function and of its first argument, for what is reported
+    argument: str
+    form: Form
+    scalars: Scalars  # None for one that is traced
+    ignore_index: int
+    reduction: str
+    batch_axis_name: tuple
+
+
+class Weights(NamedTuple):
+    """The arrays of a call besides logits (or hidden states) and labels; None for what is not given."""
+
+    class_weight: Array | None  # (classes,)
+    sample_weight: Array | None  # this and `where` broadcast to the positions
+    where: Array | None
+    scalars: Scalars  # None for one that is static
+
+
+def options_of(names, axis, labels, mesh_axes, scalars, ignore_index, reduction, softcap=None, return_stats=False):
+    """(`Options`, the `Scalars` that are traced). `mesh_axes` are as of `axis_names`, `scalars` as of `checks`."""
+    function, argument = names
+    shards, batch_axes = mesh_axes
+    ignore_index = checks.ignored_class(function, ignore_index, labels)
+    softcap, reduction = checks.softcap(function, softcap), checks.reduction(function, reduction)
+    stats = checks.flag(function, "return_stats", return_stats)
+    form = Form(axis, softcap, wanted_costs(scalars), stats, shards)
+    static = Scalars._make(value if isinstance(value, float) else None for value in scalars)
+    traced = Scalars._make(None if isinstance(value, float) else value for value in scalars)
+    return Options(function, argument, form, static, ignore_index, reduction, batch_axes), traced
+
+
+def scalars_of(options, weights):
+    """All of the `Scalars`, static or traced."""
+    return Scalars._make(b if a is None else a for a, b in zip(options.scalars, weights.scalars, strict=True))

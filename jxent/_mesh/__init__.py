@@ -1,0 +1,1 @@
+"""The sweep over arrays that are sharded over a mesh of devices."""

@@ -1,0 +1,43 @@
+"""The matmuls of a block, and what XLA:CPU must be told so that it multiplies 16-bit operands as they are.
+
+Operands have the common dtype of `hidden` and `kernel`; the results are accumulated in at least float32.
+"""
+
+import jax.numpy as jnp
+from jax import lax
+
+from jxent._core.passes import barrier, compute_dtype
+
+
+def dot(a, b, axes, precision):
+    """The sum of products over `axes`, a pair of tuples of axes of `a` and `b`."""
+    return lax.dot_general(a, b, (axes, ((), ())), precision, preferred_element_type=compute_dtype(a.dtype))
+
+
+def operands_of_block(hidden, kernel):
+    """Both in their common dtype, for the matmuls of one block.
+
+    The barrier gives the block a kernel of its own, or XLA would make one transposed copy of the kernel for all blocks
+    where that seems cheaper to it.
+    """
+    dtype = jnp.promote_types(hidden.dtype, kernel.dtype)
+    return barrier((hidden.astype(dtype), kernel.astype(dtype)))
+
+
+def kernel_gradient(hidden, dlogits, precision):
+    """(features, vocab), whatever the kernel is: the hidden states are cheaper to transpose than the other operand.
+
+    XLA:CPU multiplies 16-bit operands as they are only if the first one is contracted over its last axes, and otherwise
+    writes both in float32. The barrier makes it transpose, and the axis of size 1 in memory, not by layout.
+    """
+    positions = tuple(range(hidden.ndim))  # the last is the axis of size 1
+    hidden = barrier(jnp.moveaxis(hidden[..., None, :], -1, 0))
+    return dot(hidden, dlogits[..., None, :], (tuple(a + 1 for a in positions), positions), precision)
+
+
+def as_kernel(gradient, vocab_axis, cpu):
+    """The gradient of `kernel_gradient` in the layout of the kernel."""
+    if vocab_axis:
+        return gradient
+    # The barrier keeps XLA:CPU from transposing the operands instead, for it cannot multiply 16-bit ones that way.
+    return (barrier(gradient) if cpu else gradient).T

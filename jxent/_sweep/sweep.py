@@ -1,0 +1,175 @@
+"""The costs of logits that are never held at once: a sweep over blocks of positions, on one device.
+
+The logits of a block are hidden @ kernel + bias. Logits, costs and the sums over blocks are at least float32; what the
+backward matmuls round to the operands' dtype is only the gradient of a block's logits. Memory: the logits of a block
+and their gradient, and each gradient that is asked for, the kernel's once more in float32 while it is being summed.
+"""
+
+import math
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jxent._core.costs import CostInputs, Form, steepness
+from jxent._core.passes import apart, barrier, on_cpu
+from jxent._core.rule import costs_bwd, costs_fwd
+from jxent._core.shards import cast, varying
+from jxent._core.weights import only
+from jxent._sweep.blocks import blocks_of, not_repeated, put, take
+from jxent._sweep.matmuls import as_kernel, dot, kernel_gradient, operands_of_block
+
+
+class Sweep(NamedTuple):
+    """The static part of a sweep: the form of the costs, and how to go over the positions."""
+
+    form: Form
+    vocab_axis: int
+    block_size: int | None  # None for the default
+    precision: Any  # as `jax.lax.dot_general` takes it
+
+
+class Inputs(NamedTuple):
+    """Arrays; their gradients, or what `symbolic_zeros` makes of them in a forward rule; None for none."""
+
+    hidden: Any  # (*positions, features)
+    kernel: Any  # two axes, that of the vocabulary being `Sweep.vocab_axis`
+    bias: Any  # (vocab,)
+    labels: Any  # (*positions,) class indices, or (*positions, vocab) class probabilities
+    class_weight: Any  # (vocab,), see `CostInputs`
+    keep: Any  # (*positions,), False where a position does not count
+    first: Any = None  # see `CostInputs`
+
+
+class Swept(NamedTuple):
+    """What a sweep returns for each position, arrays of the positions' shape by name."""
+
+    costs: dict[str, Array]
+    stats: dict[str, Array]
+
+
+POSITIONAL = ("hidden", "labels", "keep")
+
+
+# --- one block --------------------------------------------------------------------------------------------------------
+
+
+def _block(sweep, asked, room, inputs, coefficients):
+    """(`Swept`, gradients) of one block, the gradients a dictionary of what is asked for.
+
+    The gradient is that of the costs' sum with these coefficients. Gradients of what all blocks share come in the dtype
+    to sum them in, that of the kernel as (features, vocab). With `room` a CPU keeps exponentials.
+    """
+    last = inputs.hidden.ndim - 1
+    row_keep = None if inputs.keep is None else inputs.keep[..., None]
+    # Selected before the matmul, because in the kernel's gradient 0 * NaN would be NaN.
+    h, k = operands_of_block(only(row_keep, inputs.hidden), inputs.kernel)
+    logits = dot(h, k, ((last,), (1 - sweep.vocab_axis,)), sweep.precision)
+    if inputs.bias is not None:
+        logits = logits + inputs.bias
+    given = CostInputs(logits, inputs.labels, inputs.class_weight, row_keep, inputs.first)
+    out, residuals = costs_fwd(sweep.form, room, given)
+    swept = Swept(*jax.tree.map(lambda row: only(inputs.keep, row[..., 0]), out))
+    if not asked:
+        return swept, {}
+
+    to_costs = {name: c[..., None].astype(swept.costs[name].dtype) for name, c in coefficients.items()}
+    to_given = costs_bwd(sweep.form, residuals, to_costs)
+    g = to_given.logits.astype(h.dtype)
+    grads = {}
+    if "hidden" in asked:
+        grads["hidden"] = dot(g, k, ((last,), (sweep.vocab_axis,)), sweep.precision)
+    if "kernel" in asked:
+        grads["kernel"] = kernel_gradient(h, g, sweep.precision)
+    if "bias" in asked:
+        # Once more, for the sum alone: for two uses at once XLA:CPU would write every term of the gradient.
+        (residuals, to_costs), _ = barrier(((residuals, to_costs), g))
+        terms = apart(costs_bwd(sweep.form, residuals, to_costs).logits)
+        grads["bias"] = jnp.sum(terms, tuple(range(last)))
+    if "labels" in asked:
+        grads["labels"] = to_given.labels
+    if "class_weight" in asked:
+        grads["class_weight"] = to_given.class_weight
+    return swept, grads
+
+
+# --- all of them ------------------------------------------------------------------------------------------------------
+
+
+def _storable(dtype):
+    """The dtype to keep a gradient in until its factor is known; that of float16 might not fit into float16."""
+    return jnp.dtype(jnp.float32) if dtype == jnp.float16 else dtype
+
+
+def _float16_scale(coefficients, class_weight):
+    """What to divide the coefficients by, so that the gradient of the logits neither overflows float16 nor vanishes.
+
+    Its largest entries come to some 2**12 of at most 2**16, so that those of a confident position, 2**-36 times as
+    large, are above the smallest, 2**-24. Class weights multiply the costs; the gradient of the squared normalizer has
+    a factor of 2 (m + log_z), taken to be below 2**10, for which its `steepness` stands.
+    """
+    largest = jnp.max(jnp.stack([jnp.max(jnp.abs(c), initial=0) * steepness(name) for name, c in coefficients.items()]))
+    if class_weight is not None:
+        largest *= jnp.maximum(jnp.max(jnp.abs(class_weight)), jnp.finfo(jnp.float32).tiny)
+    return jnp.where((largest > 0) & (largest < jnp.inf), largest, 1) / 2**12
+
+
+def default_block_size(cpu, asked, positions, classes):
+    """Positions, by a budget for the float32 logits. Larger blocks read and write the kernel's gradient less often."""
+    least, budget = (256, 64 * 2**20) if cpu else (1024, 2**30) if "kernel" in asked else (512, 2**29)
+    return max(least, min(positions // 4, budget // (4 * classes)))
+
+
+def swept(sweep, asked, inputs, coefficients) -> tuple[Swept, dict[str, Array]]:
+    """(`Swept`, gradients) as of `_block`, of all positions; the gradients in `_storable` dtypes.
+
+    Where the classes are sharded over `axis_name`, the gradients of `hidden` are this shard's share.
+    """
+    return on_cpu(partial(_swept, sweep, asked), inputs, coefficients)
+
+
+def _swept(sweep, asked, cpu, inputs, coefficients):
+    shape, classes = inputs.hidden.shape[:-1], inputs.kernel.shape[sweep.vocab_axis]
+    blocks = blocks_of(shape, sweep.block_size or default_block_size(cpu, asked, math.prod(shape), classes))
+    scale = None
+    if asked and jnp.promote_types(inputs.hidden.dtype, inputs.kernel.dtype) == jnp.float16:
+        scale = lax.stop_gradient(_float16_scale(coefficients, inputs.class_weight))
+        coefficients = jax.tree.map(lambda c: c / scale, coefficients)
+
+    def finished(name, grad):
+        # While it is float32 still.
+        grad = grad if scale is None else grad * scale
+        return grad.astype(_storable(getattr(inputs, name).dtype))
+
+    def block(i):
+        """((what each position has, its gradients included), the gradients of what all blocks share)."""
+        of_block = partial(take, blocks, i)
+        part = {name: getattr(inputs, name) for name in POSITIONAL}
+        weights, repeated = jax.tree.map(of_block, coefficients), not_repeated(blocks, i)
+        if repeated is not None:
+            weights = jax.tree.map(lambda c: jnp.where(repeated, c, 0), weights)
+        out, grads = _block(sweep, asked, cpu, inputs._replace(**jax.tree.map(of_block, part)), weights)
+        each = {name: finished(name, grad) for name, grad in grads.items() if name in POSITIONAL}
+        return (out, each), {name: grad for name, grad in grads.items() if name not in POSITIONAL}
+
+    (out, grads), sums = block(0) if blocks.number == 1 else _all_blocks(blocks, block)
+    if "kernel" in sums:
+        sums["kernel"] = as_kernel(sums["kernel"], sweep.vocab_axis, cpu)
+    return out, grads | {name: finished(name, grad) for name, grad in sums.items()}
+
+
+def _all_blocks(blocks, block):
+    """What `block` returns, of all blocks: arrays of all positions, and sums over the blocks."""
+
+    def zeros(leading, like):
+        return jax.tree.map(lambda a: cast(jnp.zeros((*leading, *a.shape[len(leading) :]), a.dtype), varying(a)), like)
+
+    def step(i, carry):
+        each, sums = block(i)
+        each = jax.tree.map(partial(put, blocks, i), carry[0], each)
+        return each, jax.tree.map(jnp.add, carry[1], sums)
+
+    each, sums = jax.eval_shape(block, 0)
+    return lax.fori_loop(0, blocks.number, step, (zeros(blocks.shape, each), zeros((), sums)))
