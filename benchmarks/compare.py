@@ -3,7 +3,7 @@
     pip install -e ".[bench]"                          # PyTorch is compared too, if it is installed
     python benchmarks/compare.py                       # the preset of the backend at hand
     python benchmarks/compare.py --smoke               # tiny sizes, half a minute
-    python benchmarks/compare.py --loss linear_cross_entropy --size 2048x512x50257 --rounds 15
+    python benchmarks/compare.py --size 2048x512x50257 --rounds 15
     python benchmarks/compare.py --only jxent Optax --loss cross_entropy --dtype bfloat16
 
 Every candidate is compiled and checked against float64 NumPy; a wrong one, or one that fails, is named and left out.
@@ -23,7 +23,8 @@ import jax
 import measure
 import numpy as np
 import peers
-from measure import Case
+from cases import Case, inputs, truth
+from report import MIB, RECORDS, headline, machine, mib, reason, save
 
 LOSSES = ("cross_entropy", "linear_cross_entropy")
 BOTH = ("float32", "bfloat16")
@@ -69,23 +70,18 @@ PUBLISHED = {
 
 def measured(case, only, number, apart):
     """The record of one case: for each pass, every program's numbers and times, and who is left out."""
-    note = measure.progress(str(case))
-    note("inputs and their float64 loss")
-    sets = [measure.inputs(case, seed) for seed in (0, 1)]
-    truths = [measure.truth(case, arguments) for arguments in sets]
-    tensors = measure.torch_sets(sets) if peers.torch_here() and measure.torch_losses(case) else None
+    sets = [inputs(case, seed) for seed in (0, 1)]
+    truths = [truth(case, arguments) for arguments in sets]
     passes = {}
     for grad in (False, True):
         name = "value_and_grad" if grad else "forward"
-        note = measure.progress(f"{case}, {name}")
-        programs, left_out = measure.candidates(case, grad, sets, truths, only, tensors, note, apart=apart)
+        programs, left_out = measure.candidates(case, grad, sets, truths, only, apart=apart)
         try:
-            floor = [measure.floors(case, grad, sets)]
+            floors = [measure.floors(case, grad, sets)]
         except Exception as error:  # most often there is no room for it
-            floor, left_out["floor"] = [], measure.reason(error)
-        note("")
-        times, failed = measure.rounds([*programs, *floor], number, title=f"{case}, {name}")
-        floor = next((program.name for program in floor if program.name in times), None)
+            floors, left_out["floor"] = [], reason(error)
+        times, failed = measure.rounds([*programs, *floors], number, f"{case}, {name}")
+        floor = next((program.name for program in floors if program.name in times), None)
         passes[name] = {
             "programs": [entry(program, times, floor) for program in programs if program.name in times],
             "floor": floor_entry(case, grad, floor, times) if floor else None,
@@ -99,18 +95,22 @@ def entry(program, times, floor):
     del numbers["run"], numbers["gradients"]
     return numbers | {
         "quartiles_s": measure.quartiles(times[program.name]),
-        "jxent_of_this": measure.ratio(times, "jxent", program.name) if "jxent" in times else None,
-        "floor_of_this": measure.ratio(times, floor, program.name) if floor else None,
+        "jxent_of_this": measure.ratio(times, "jxent", program.name),
+        "floor_of_this": measure.ratio(times, floor, program.name),
         "times_s": times[program.name],
     }
 
 
 def floor_entry(case, grad, floor, times):
-    amount, unit = measure.work(case, grad)
+    """Its rate is that of the matmuls' floating-point operations, or of the bytes read and written."""
+    if case.linear:
+        amount, unit = 2.0 * float(np.prod(case.size, dtype=np.float64)) * (3 if grad else 1), "FLOP/s"
+    else:
+        amount, unit = float(case.logits_bytes * (2 if grad else 1)), "B/s"
     return {
         "name": floor,
         "quartiles_s": measure.quartiles(times[floor]),
-        "jxent_of_this": measure.ratio(times, "jxent", floor) if "jxent" in times else None,
+        "jxent_of_this": measure.ratio(times, "jxent", floor),
         "rate": amount / float(np.median(times[floor])),
         "unit": unit,
         "times_s": times[floor],
@@ -130,8 +130,8 @@ def table(record):
             low, median, high = program["quartiles_s"]
             of = [f"{r:.2f}" if r else "" for r in (program["jxent_of_this"], program["floor_of_this"])]
             seconds = "" if program["compile_s"] is None else f"{program['compile_s']:.1f} s"
-            held = measure.mib(program["temporaries"])
-            if program["by_process"] and program["temporaries"] < measure.MIB:
+            held = mib(program["temporaries"])
+            if program["by_process"] and program["temporaries"] < MIB:
                 held = "< 1 MiB"
             cells = [label, ms(median), f"{ms(low)} to {ms(high)}", *of, held, seconds]
             print(f"| {' | '.join(cells)} | {program['loss_error']:.0e} |")
@@ -142,10 +142,10 @@ def table(record):
             size, unit = (1e12, "T") if floor["rate"] >= 1e12 else (1e9, "G")
             print(f"\nThe floor runs at {floor['rate'] / size:,.1f} {unit}{floor['unit']}.")
         if taken["programs"]:
-            print(f"Outputs take {measure.mib(taken['programs'][0]['outputs'])}.")
-        peaks = [(p["name"], p["device_peak"]) for p in taken["programs"] if p["device_peak"]]
+            print(f"Outputs take {mib(taken['programs'][0]['outputs'])}.")
+        peaks = [f"{p['name']} {mib(p['device_peak'])}" for p in taken["programs"] if p["device_peak"]]
         if peaks:
-            print("Peak on the device: " + ", ".join(f"{name} {measure.mib(peak)}" for name, peak in peaks) + ".")
+            print(f"Peak on the device: {', '.join(peaks)}.")
         for program in taken["programs"]:
             if program["tried_s"]:
                 tried = (f"{k} {v if isinstance(v, str) else ms(v) + ' ms'}" for k, v in program["tried_s"].items())
@@ -160,22 +160,6 @@ def ms(seconds):
     return f"{seconds * 1e3:,.0f}" if seconds >= 0.1 else f"{seconds * 1e3:.3g}"
 
 
-def parsed():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=PRESETS, help="sizes for a kind of device; of the one at hand by default")
-    parser.add_argument("--loss", choices=(*LOSSES, "both"), default="both")
-    parser.add_argument("--rounds", type=int, help="after one that warms up; 7 on a CPU, 20 elsewhere")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="candidates by name, as the tables have them")
-    parser.add_argument("--size", type=size, help="AxB (positions, classes) or AxBxC (positions, features, classes)")
-    parser.add_argument("--dtype", choices=BOTH, help="instead of the preset's")
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes and two rounds, to see that it runs")
-    parser.add_argument("--out", type=pathlib.Path, help="folder of the record; benchmarks/records by default")
-    args = parser.parse_args()
-    if args.size and args.loss not in ("both", LOSSES[len(args.size) - 2]):
-        parser.error(f"a size of {len(args.size)} numbers is for {LOSSES[len(args.size) - 2]}")
-    return args
-
-
 def size(text):
     numbers = tuple(int(n) for n in text.split("x"))
     if len(numbers) not in (2, 3) or min(numbers) < 1:
@@ -184,25 +168,34 @@ def size(text):
 
 
 def main():
-    args = parsed()
-    preset = args.preset or jax.default_backend()
-    preset = preset if preset in PRESETS else "cpu"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=PRESETS, help="sizes for a kind of device; of the one at hand by default")
+    parser.add_argument("--loss", choices=LOSSES, help="of the preset's; both by default")
+    parser.add_argument("--size", type=size, help="AxB (positions, classes) or AxBxC (positions, features, classes)")
+    parser.add_argument("--dtype", choices=BOTH, help="instead of the preset's")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="candidates by name, as the tables have them")
+    parser.add_argument("--rounds", type=int, help="after one that warms up; 7 on a CPU, 20 elsewhere")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes and two rounds, to see that it runs")
+    parser.add_argument("--out", type=pathlib.Path, help="folder of the record; benchmarks/records by default")
+    args = parser.parse_args()
+    preset = args.preset or (jax.default_backend() if jax.default_backend() in PRESETS else "cpu")
     chosen = SMOKE if args.smoke else PRESETS[preset]
     if args.size:
-        dtype = "float32" if preset == "cpu" else "bfloat16"
-        chosen = [Case(LOSSES[len(args.size) - 2], args.size, dtype)]
+        chosen = cases(LOSSES[len(args.size) - 2], ("float32" if preset == "cpu" else "bfloat16",), args.size)
     if args.dtype:
         chosen = list(dict.fromkeys(case._replace(dtype=args.dtype) for case in chosen))
-    chosen = [case for case in chosen if args.loss in ("both", case.loss)]
+    chosen = [case for case in chosen if args.loss in (None, case.loss)]
+    if not chosen:
+        parser.error(f"no such size of {args.loss}")
     number = args.rounds or (2 if args.smoke else ROUNDS[preset])
-    folder = args.out or pathlib.Path(tempfile.mkdtemp() if args.smoke else pathlib.Path(__file__).parent / "records")
+    folder = args.out or (pathlib.Path(tempfile.mkdtemp()) if args.smoke else RECORDS)
 
-    record = measure.machine() | {"rounds": number, "cases": []}
-    print(f"{measure.headline(record)}; {number} rounds")
+    record = machine() | {"rounds": number, "cases": []}
+    print(f"{headline(record)}; {number} rounds")
     for case in chosen:
         record["cases"].append(measured(case, args.only, number, not args.smoke))
         record["absent"] = peers.absent
-        path = measure.save(record, folder, f"compare-{preset}.json")
+        path = save(record, folder, f"compare-{preset}.json")
         table(record["cases"][-1])
     print(f"\n{path}")
 

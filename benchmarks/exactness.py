@@ -5,8 +5,9 @@ all. The truth is float64 NumPy on the same float32 logits. Prints Markdown tabl
 and a figure over margins up to 100. jax-cce and tokamax get the logits as hidden states of an identity kernel, which
 multiplies exactly. PyTorch is optional.
 
-    pip install -e ".[bench]" && python benchmarks/exactness.py
-    python benchmarks/exactness.py --out benchmarks/records
+    pip install -e ".[bench]"
+    python benchmarks/exactness.py                            # the tables, half a minute
+    python benchmarks/exactness.py --out benchmarks/records   # and the record and the figure
 """
 
 import argparse
@@ -19,8 +20,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 from matplotlib.ticker import FuncFormatter
-from measure import headline, machine, save
 from peers import linear_losses, optional
+from report import headline, machine, save
 
 import jxent
 
@@ -173,10 +174,8 @@ def draw(found, title, folder):
         for quantity, panel in zip(QUANTITIES, line, strict=True):
             draw_panel(panel, [row for row in found if row["offset"] == offset and row["quantity"] == quantity])
             panel.set_title(f"{quantity}, offset {offset:g}", fontsize=11)
-    for panel in panels[:, 0]:
-        panel.set_ylabel(f"worst relative error of {ROWS} rows")
-    for panel in panels[1]:
-        panel.set_xlabel("margin of the label's logit over the largest other")
+    figure.supylabel(f"worst relative error of {ROWS} rows")
+    figure.supxlabel("margin of the label's logit over the largest other")
     handles, labels = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, handlelength=3)
     for kind in ("png", "svg"):
@@ -185,23 +184,12 @@ def draw(found, title, folder):
 
 
 def draw_panel(panel, part):
-    names = list(dict.fromkeys(row["library"] for row in part))
-    for i, name in enumerate(names):
-        own = [row for row in part if row["library"] == name]
+    for i, name in enumerate(dict.fromkeys(row["library"] for row in part)):
+        margins, worst = zip(*((row["margin"], row["error"]) for row in part if row["library"] == name), strict=True)
         colour, marker = STYLES[name]
-        panel.plot(
-            [row["margin"] for row in own],
-            [row["error"] for row in own],
-            color=colour,
-            marker=marker,
-            markevery=(i % EVERY, EVERY),
-            markersize=6,
-            markeredgecolor="white",
-            markeredgewidth=0.6,
-            linewidth=WIDTHS[i],
-            zorder=9 if i == 0 else 2 + i,
-            label=name,
-        )
+        style = {"color": colour, "linewidth": WIDTHS[i], "zorder": 9 if i == 0 else 2 + i}
+        style |= {"marker": marker, "markevery": (i % EVERY, EVERY), "markeredgecolor": "w"}
+        panel.plot(margins, worst, label=name, **style)
     end = max(row["margin"] for row in part)
     too_small = {
         "some exponentials below\nfloat32's normal numbers": ("smallest_exponential", "0.95"),
@@ -211,13 +199,9 @@ def draw_panel(panel, part):
         start = min((row["margin"] for row in part if row[key] < SMALLEST), default=end)
         panel.axvspan(start, end, color=shade, linewidth=0, zorder=0)
         panel.annotate(text, (start + 1, 2e-7), va="bottom", fontsize=8, color="0.3", rotation=90, zorder=10)
-    for at, style, above, text in (
-        (1, ":", True, "100%: a result of 0"),
-        (ROUNDOFF, "--", False, "unit roundoff, 6e-8"),
-    ):
+    for at, style, text, place in ((1, ":", "100%: a result of 0", "bottom"), (ROUNDOFF, "--", "unit roundoff", "top")):
         panel.axhline(at, color="0.35", linewidth=0.9, linestyle=style, zorder=1)
-        place = {"xytext": (0, 6 if above else -6), "va": "bottom" if above else "top"}
-        panel.annotate(text, (45, at), textcoords="offset points", ha="center", fontsize=8.5, color="0.25", **place)
+        panel.annotate(text, (45, at), ha="center", va=place, fontsize=8.5, color="0.25")
     panel.set_yscale("log")
     panel.set_xlim(-1, end)
     panel.set_ylim(1.5e-8, 6)

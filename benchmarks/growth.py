@@ -9,7 +9,7 @@
 Temporaries are read from compiled programs up to a million positions or classes, without running them; PyTorch's are
 measured where it is timed. A line of times ends where the next point would take longer than `--most-seconds` or
 allocate more than `--most-memory`. Dashed are the matmuls alone, or reading and writing the logits, and the size of
-the logits. Writes a figure for each loss and axis, as PNG and SVG, and a JSON record.
+the logits. Prints why each line ends; writes a figure for each loss and axis, as PNG and SVG, and a JSON record.
 """
 
 import argparse
@@ -21,8 +21,10 @@ import jax
 import matplotlib
 import matplotlib.pyplot as plt
 import measure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-from measure import Case
+import peers
+from cases import Case, inputs, shapes, truth
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
+from report import MIB, RECORDS, headline, machine, mib, reason, save
 
 matplotlib.use("Agg")
 
@@ -52,7 +54,7 @@ PRESETS = {
         "classes": (131072, powers(4096, 2**20)),
     },
 }
-SMOKE = {"dtype": "float32", "features": 32, "positions": (128, [64, 256, 2**20]), "classes": (1003, [128, 1024])}
+SMOKE = {"dtype": "float32", "features": 32, "positions": (128, [64, 256, 4096]), "classes": (1003, [128, 1024])}
 
 STYLES = {
     "jxent": ("#d62728", "o"),
@@ -69,7 +71,11 @@ STYLES = {
     "PyTorch, compiled": ("#e377c2", "X"),
     "PyTorch, full logits, compiled": ("#e377c2", "X"),
     "PyTorch, linear_cross_entropy": ("#ff7f0e", "*"),
+    "floor": ("0.35", None),
 }
+
+
+# --- what is measured -------------------------------------------------------------------------------------------------
 
 
 def case_of(preset, loss, axis, number):
@@ -85,9 +91,9 @@ def grown(preset, loss, axis, only, rounds, most_s, limit, apart):
     for number in preset[axis][1]:
         case = case_of(preset, loss, axis, number)
         logits_bytes[str(number)] = case.logits_bytes
-        losses = {name: f for name, f in measure.jax_losses(case).items() if only is None or name in only}
+        losses = {name: loss for name, loss in peers.jax_losses(case).items() if only is None or name in only}
         if last is None:
-            names = [*losses, *(n for n in measure.torch_losses(case) if only is None or n in only), "floor"]
+            names = [*losses, *(n for n in peers.torch_losses(case) if only is None or n in only), "floor"]
         else:
             names = [name for name, taken in last.items() if taken * number / previous <= most_s]
             for name in set(last) - set(names):
@@ -95,19 +101,16 @@ def grown(preset, loss, axis, only, rounds, most_s, limit, apart):
         if 3 * case.logits_bytes > limit:  # what XLA allocates is known beforehand, what PyTorch does is not
             for name in [name for name in names if name.startswith(("PyTorch", "floor"))]:
                 names.remove(name)
-                ends.setdefault(name, f"{number:,} {axis} may take more than {measure.mib(limit)}")
+                ends.setdefault(name, f"{number:,} {axis} may take more than {mib(limit)}")
         timed = run(case, names, rounds, limit, ends, apart) if names else {}
         points += [{"at": number, **point} for point in timed.values()]
-        note = measure.progress(str(case))
-        for name in [name for name in losses if name not in timed]:
-            note(f"{name}: compile")
+        untimed = [name for name in losses if name not in timed]
+        for name in measure.steps(untimed, f"{case}: compile"):
             try:
-                function = measure.differentiated(case, losses[name], True)
-                program = measure.jax_program(case, True, name, function, [measure.shapes(case)])
+                program = measure.jax_program(case, True, name, losses[name], [shapes(case)])
                 points.append({"at": number, "name": name, "temporaries": program.temporaries})
             except Exception as error:  # XLA and the peers raise what they like
-                ends.setdefault(f"{name}, compiled", f"{number:,} {axis}: {measure.reason(error)}")
-        note("")
+                ends.setdefault(f"{name}, compiled", f"{number:,} {axis}: {reason(error)}")
         last, previous = {name: point["quartiles_s"][1] for name, point in timed.items()}, number
     return {
         "loss": loss,
@@ -121,26 +124,22 @@ def grown(preset, loss, axis, only, rounds, most_s, limit, apart):
 
 def run(case, names, rounds, limit, ends, apart):
     """Name -> the point of each program of these names that is right and fits."""
-    sets = [measure.inputs(case, seed) for seed in (0, 1)]
-    truths = [measure.truth(case, arguments) for arguments in sets]
-    tensors = measure.torch_sets(sets) if any(name.startswith("PyTorch") for name in names) else None
-    note = measure.progress(str(case))
-    programs, left_out = measure.candidates(case, True, sets, truths, names, tensors, note, limit, apart)
+    sets = [inputs(case, seed) for seed in (0, 1)]
+    truths = [truth(case, arguments) for arguments in sets]
+    programs, left_out = measure.candidates(case, True, sets, truths, names, limit, apart)
     if "floor" in names:
         try:
-            floor = measure.floors(case, True, sets)
-            programs.append(floor)
+            programs.append(measure.floors(case, True, sets))
         except Exception as error:
-            left_out["floor"] = measure.reason(error)
-    note("")
-    times, failed = measure.rounds(programs, rounds, title=str(case))
+            left_out["floor"] = reason(error)
+    times, failed = measure.rounds(programs, rounds, str(case))
     for name, why in (left_out | failed).items():
         ends.setdefault(name, f"{case}: {why}")
     points = {}
     for program in programs:
         if program.name in times:
             floor = program.gradients is None
-            unseen = program.by_process and program.temporaries < measure.MIB
+            unseen = program.by_process and program.temporaries < MIB
             points["floor" if floor else program.name] = {
                 "name": "floor" if floor else program.name,
                 "label": program.name,
@@ -152,85 +151,44 @@ def run(case, names, rounds, limit, ends, apart):
     return points
 
 
+# --- the figures ------------------------------------------------------------------------------------------------------
+
+
 def draw(record, grown, folder):
     """The figure of one loss and axis: time on the left, temporaries on the right."""
     loss, axis, size = grown["loss"], grown["axis"], grown["size"]
     names = ("positions", "features", "classes") if len(size) == 3 else ("positions", "classes")
     fixed = ", ".join(f"{n:,} {name}" for n, name in zip(size, names, strict=True) if name != axis)
     device = record["cpu"] if record["backend"] == "cpu" else record["devices"][0]
-    figure, panels = plt.subplots(1, 2, figsize=(15, 5.8), layout="constrained")
+    figure, (times, held) = plt.subplots(1, 2, figsize=(15, 5.8), layout="constrained")
     figure.suptitle(f"{loss}, the loss and its gradients: {fixed}, {record['dtype']}; {device}", fontsize=12)
-    panel(panels[0], grown, "seconds", "time")
-    panel(panels[1], grown, "bytes", "temporaries, outputs aside")
+    draw_lines(times, grown, "seconds")
+    times.set_yscale("log")
+    times.set_title("time")
+    times.yaxis.set_major_formatter(EngFormatter("s"))
+    draw_lines(held, grown, "bytes")
+    held.set_yscale("log", base=2)
+    held.set_title("temporaries, outputs aside")
+    held.yaxis.set_major_locator(LogLocator(base=16, numticks=12))
+    held.yaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{binary(n)}B"))
+    for panel in (times, held):
+        panel.set_xscale("log", base=2)
+        panel.set_xlabel(axis)
+        panel.xaxis.set_major_formatter(FuncFormatter(lambda n, _: binary(n)))
+        panel.yaxis.set_minor_formatter(NullFormatter())
+        panel.grid(color="0.9", linewidth=0.7)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.legend(fontsize=8, frameon=False, loc="upper left")
     for kind in ("png", "svg"):
         figure.savefig(folder / f"growth-{loss}-{axis}.{kind}", dpi=110)
     plt.close(figure)
 
 
-def panel(panel, grown, quantity, title):
-    """One panel; every line bears its name at its right."""
-    ends = []
+def draw_lines(panel, grown, quantity):
     for name, (at, values, label) in lines(grown, quantity).items():
-        floor = name == "floor"
-        colour, marker = ("0.35", None) if floor else STYLES.get(name, ("0.5", "."))
-        panel.plot(
-            at,
-            values,
-            color=colour,
-            marker=marker,
-            markersize=5,
-            linestyle="--" if floor else "-",
-            linewidth=2.6 if name == "jxent" else 1.4,
-            zorder=3 if name == "jxent" else 2,
-        )
-        ends.append((values[-1], at[-1], label, colour))
-    panel.set_xscale("log", base=2)
-    panel.set_yscale("log", base=10 if quantity == "seconds" else 2)
-    panel.set_title(title)
-    panel.set_xlabel(grown["axis"])
-    panel.xaxis.set_major_formatter(FuncFormatter(count))
-    if quantity == "bytes":
-        panel.yaxis.set_major_locator(LogLocator(base=16, numticks=12))
-    panel.yaxis.set_major_formatter(FuncFormatter(duration if quantity == "seconds" else size_of))
-    panel.yaxis.set_minor_formatter(NullFormatter())
-    panel.grid(color="0.9", linewidth=0.7)
-    panel.spines[["top", "right"]].set_visible(False)
-    name_lines(panel, ends)
-
-
-def name_lines(panel, ends):
-    """Names right of the panel, in the order of the lines' ends, at least a line of text apart."""
-    to_axes = panel.transScale + panel.transLimits
-    ends = sorted(ends)
-    wanted = [float(to_axes.transform((at, value))[1]) for value, at, _, _ in ends]
-    heights, gap = list(wanted), 0.048
-    for i in range(1, len(heights)):
-        heights[i] = max(heights[i], heights[i - 1] + gap)
-    over = heights[-1] - 1.0 if heights else 0.0
-    if over > 0:
-        heights[-1] -= over
-        for i in range(len(heights) - 2, -1, -1):
-            heights[i] = min(heights[i], heights[i + 1] - gap)
-    for (value, at, label, colour), height in zip(ends, heights, strict=True):
-        panel.annotate(
-            label,
-            (at, value),
-            xytext=(1.04, height),
-            textcoords="axes fraction",
-            va="center",
-            fontsize=9,
-            color=colour,
-            arrowprops={
-                "arrowstyle": "-",
-                "relpos": (0, 0.5),
-                "color": colour,
-                "linewidth": 0.6,
-                "alpha": 0.5,
-                "shrinkA": 1,
-                "shrinkB": 3,
-            },
-            annotation_clip=False,
-        )
+        colour, marker = STYLES[name]
+        style = {"linestyle": "--" if name == "floor" else "-", "linewidth": 2.6 if name == "jxent" else 1.4}
+        panel.plot(at, values, color=colour, marker=marker, markersize=5, label=label, **style)
 
 
 def lines(grown, quantity):
@@ -250,32 +208,16 @@ def lines(grown, quantity):
     return found
 
 
-def count(number, _):
-    for unit, size in (("M", 2**20), ("k", 2**10)):
-        if number >= size:
-            return f"{number / size:g}{unit}"
-    return f"{number:g}"
-
-
-def duration(seconds, _):
-    for unit, size in (("s", 1), ("ms", 1e-3), ("µs", 1e-6)):
-        if seconds >= size * 0.999:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds * 1e9:.3g} ns"
-
-
-def size_of(number, _):
-    for unit, size in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if number >= size:
-            return f"{number / size:g} {unit}"
-    return f"{number:g} B"
+def binary(number):
+    """With a prefix for a power of 1024."""
+    power = max(p for p in range(5) if p == 0 or number >= 1024**p)
+    return f"{number / 1024**power:g} {('', 'Ki', 'Mi', 'Gi', 'Ti')[power]}"
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, help="sizes for a kind of device; of the one at hand by default")
-    parser.add_argument("--loss", choices=(*LOSSES, "both"), default="both")
-    parser.add_argument("--axis", choices=(*AXES, "both"), default="both")
+    parser.add_argument("--loss", choices=LOSSES, help="both by default")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="libraries by name, as the figures have them")
     parser.add_argument("--rounds", type=int, default=5, help="after one that warms up")
     parser.add_argument("--most-seconds", type=float, default=5.0, help="of one run")
@@ -284,7 +226,7 @@ def main():
     parser.add_argument("--draw", type=pathlib.Path, metavar="RECORD", help="only draw, from an earlier record")
     parser.add_argument("--out", type=pathlib.Path, help="folder of what is written; benchmarks/records by default")
     args = parser.parse_args()
-    folder = args.out or (pathlib.Path(tempfile.mkdtemp()) if args.smoke else pathlib.Path(__file__).parent / "records")
+    folder = args.out or (pathlib.Path(tempfile.mkdtemp()) if args.smoke else RECORDS)
     folder.mkdir(parents=True, exist_ok=True)
     if args.draw:
         record = json.loads(args.draw.read_text())
@@ -296,18 +238,17 @@ def main():
     preset = SMOKE if args.smoke else PRESETS[name]
     limit = int(args.most_memory * 2**30 if args.most_memory else 0.6 * measure.available())
     rounds = 2 if args.smoke else args.rounds
-    record = measure.machine() | {"dtype": preset["dtype"], "rounds": rounds, "memory_limit": limit, "parts": []}
-    print(f"{measure.headline(record)}; {rounds} rounds, no more than {measure.mib(limit)}")
-    for loss in LOSSES:
+    record = machine() | {"dtype": preset["dtype"], "rounds": rounds, "memory_limit": limit, "parts": []}
+    print(f"{headline(record)}; {rounds} rounds, no more than {mib(limit)}")
+    for loss in (args.loss,) if args.loss else LOSSES:
         for axis in AXES:
-            if args.loss in ("both", loss) and args.axis in ("both", axis):
-                part = grown(preset, loss, axis, args.only, rounds, args.most_seconds, limit, not args.smoke)
-                record["parts"].append(part)
-                path = measure.save(record, folder, f"growth-{name}.json")
-                draw(record, part, folder)
-                print(f"{folder}/growth-{loss}-{axis}.png, .svg")
-                for peer, why in part["ends"].items():
-                    print(f"  {peer} ends: {why}")
+            part = grown(preset, loss, axis, args.only, rounds, args.most_seconds, limit, not args.smoke)
+            record["parts"].append(part)
+            path = save(record, folder, f"growth-{name}.json")
+            draw(record, part, folder)
+            print(f"{folder}/growth-{loss}-{axis}.png, .svg")
+            for peer, why in part["ends"].items():
+                print(f"  {peer} ends: {why}")
     print(path)
 
 

@@ -61,6 +61,15 @@ def linear_losses():
     return losses
 
 
+def jax_losses(case):
+    """Name -> mean loss of the case's inputs."""
+    return linear_losses() if case.linear else logits_losses()
+
+
+def cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def torch_here():
     """PyTorch, if it can use the device that JAX uses, with as many threads as there are cores; else None."""
     if jax.default_backend() not in ("cpu", "gpu") or not (torch := optional("torch")):
@@ -74,41 +83,59 @@ def torch_here():
     return torch
 
 
-def cores():
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-def torch_logits_losses():
-    """Name -> mean loss of the tensors (logits, labels)."""
-    if not (torch := torch_here()):
-        return {}
-    loss = torch.nn.functional.cross_entropy
-    return {
-        "PyTorch": loss,
-        "PyTorch, compiled": torch.compile(lambda logits, labels: loss(logits, labels), dynamic=False),
-    }
-
-
-def torch_linear_losses():
-    """Name -> mean loss of the tensors (hidden, weight, labels)."""
+def torch_losses(case):
+    """Name -> {setting: mean loss of the tensors (logits, labels) or (hidden, weight, labels)}; most have one, None."""
     if not (torch := torch_here()):
         return {}
     f = torch.nn.functional
+    if not case.linear:
+        compiled = torch.compile(lambda logits, labels: f.cross_entropy(logits, labels), dynamic=False)
+        return {"PyTorch": {None: f.cross_entropy}, "PyTorch, compiled": {None: compiled}}
 
     def full(hidden, weight, labels):
         return f.cross_entropy(f.linear(hidden, weight), labels)
 
-    return {"PyTorch, full logits": full, "PyTorch, full logits, compiled": torch.compile(full, dynamic=False)}
+    compiled = torch.compile(full, dynamic=False)
+    losses = {"PyTorch, full logits": {None: full}, "PyTorch, full logits, compiled": {None: compiled}}
+    if hasattr(f, "linear_cross_entropy"):
+        options = torch.nn.LinearCrossEntropyOptions
+        settings = {"no chunks": None, "auto": options()}
+        for size in CHUNKS:
+            if size < case.size[0]:
+                settings[f"chunks of {size}"] = options(batch_chunk_size=size, chunking_method=None)
+        losses["PyTorch, linear_cross_entropy"] = {
+            name: functools.partial(f.linear_cross_entropy, options=setting) for name, setting in settings.items()
+        }
+    return losses
 
 
-def torch_chunked_losses(positions):
-    """Setting -> PyTorch's linear_cross_entropy with that setting, a mean loss of (hidden, weight, labels)."""
+def torch_sets(sets):
+    """The same arrays as tensors, the kernel as PyTorch lays it out; shared with JAX where the layout is the same."""
     torch = torch_here()
-    if not torch or not hasattr(torch.nn.functional, "linear_cross_entropy"):
-        return {}
-    loss, options = torch.nn.functional.linear_cross_entropy, torch.nn.LinearCrossEntropyOptions
-    settings = {"no chunks": None, "auto": options()}
-    for size in CHUNKS:
-        if size < positions:
-            settings[f"chunks of {size}"] = options(batch_chunk_size=size, chunking_method=None)
-    return {name: functools.partial(loss, options=setting) for name, setting in settings.items()}
+
+    def tensor(array):
+        shared = torch.from_dlpack(array)
+        return shared.detach().requires_grad_() if jnp.issubdtype(array.dtype, jnp.floating) else shared.long()
+
+    def weight(kernel):
+        return torch.from_dlpack(kernel).T.contiguous().requires_grad_()
+
+    return [(tensor(s[0]), *(weight(k) for k in s[1:-1]), tensor(s[-1])) for s in sets]
+
+
+def torch_call(loss, grad):
+    """A function of a tuple of tensors that computes the loss, and gradients, and waits for them."""
+    torch = torch_here()
+
+    def run(tensors):
+        if grad:
+            value = loss(*tensors)
+            out = value.detach(), torch.autograd.grad(value, tensors[:-1])
+        else:
+            with torch.no_grad():
+                out = loss(*tensors)
+        if tensors[0].is_cuda:
+            torch.cuda.synchronize()
+        return out
+
+    return run

@@ -1,0 +1,64 @@
+"""The record that a benchmark writes, with the machine and the versions, and numbers for its readers."""
+
+import contextlib
+import datetime
+import importlib.metadata
+import json
+import pathlib
+import platform
+
+import jax
+import peers
+import psutil
+
+MIB = 2**20
+RECORDS = pathlib.Path(__file__).parent / "records"
+
+
+def machine():
+    """The record of where and with what something was measured."""
+    cpu = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration), open("/proc/cpuinfo") as file:
+        cpu = next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
+    versions = {"Python": platform.python_version()}
+    for name in ("jxent", "jax", "jaxlib", "numpy", "optax", "jax-cce", "tokamax", "torch"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "system": platform.platform(),
+        "cpu": cpu,
+        "cores": peers.cores(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "backend": jax.default_backend(),
+        "devices": [device.device_kind for device in jax.devices()],
+        "versions": versions,
+    }
+
+
+def headline(record):
+    """The machine in one line."""
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    device = "" if record["backend"] == "cpu" else f"{len(record['devices'])} x {record['devices'][0]}; "
+    cores = "1 core" if record["cores"] == 1 else f"{record['cores']} cores"
+    return f"{device}{record['cpu']}, {cores}, {record['memory_bytes'] / 2**30:.0f} GiB; {versions}"
+
+
+def reason(error):
+    """The first line of an error, cut short."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return f"{type(error).__name__}: {text[:300]}"
+
+
+def mib(size):
+    """Bytes for a reader."""
+    if size is None:
+        return ""
+    return f"{size / MIB:,.0f} MiB" if size >= 10 * MIB else f"{size / 1024:,.0f} KiB"
+
+
+def save(record, folder, name):
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / name
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    return path
