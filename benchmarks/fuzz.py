@@ -1,14 +1,14 @@
 """Random calls of the losses against their definitions: how many, and the worst error of each quantity.
 
-    pip install -e ".[test]"
-    python benchmarks/fuzz.py                     # a million cases, about an hour on two cores
-    python benchmarks/fuzz.py --smoke             # some seconds
-    python benchmarks/fuzz.py --seed 7 --programs 20
+    pip install -e ".[bench,test]"
+    python benchmarks/fuzz.py                       # a million cases, about an hour on two cores
+    python benchmarks/fuzz.py --smoke               # some seconds
+    python benchmarks/fuzz.py --seed 7 --programs 42 --out fuzz.json     # a hundred thousand, and their record
 
 Each program is a random `Config` of tests/random_calls.py: function, shapes, dtypes, options. It gets many cases of
 random values, some of them hostile. float16, bfloat16 and float32 are judged in float64, and a few cases of every
 program with 50 digits; float64 with 50 digits alone. Prints the worst relative errors in Markdown, and whatever exceeds
-what is promised, with the configuration and the seed; writes a JSON record; exits with 1 if anything does.
+what is promised, with the configuration and the seed; with `--out` writes a JSON record; exits with 1 if anything does.
 """
 
 import argparse
@@ -24,7 +24,6 @@ from tqdm import tqdm
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests"))
 import random_calls as calls
 
-jax.config.update("jax_platforms", "cpu")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -75,12 +74,20 @@ def judged(config, seed, cases):
     return found
 
 
+def options(config):
+    """What the second table has a row for; of a program with a soft cap only that."""
+    for option, value in config._asdict().items():
+        told = option not in ("function", "dtype", "features") and value not in (False, None, 0.0)
+        if told and (option == "logit_softcap" or config.logit_softcap is None):
+            yield option if value is True else f"{option}={value}"
+
+
 def table(title, rows, errors, dtypes):
     """Prints in Markdown the errors under the key of each row and each dtype."""
     print(f"| {title} | {' | '.join(dtypes)} |\n|---|{'---:|' * len(dtypes)}")
     for name, key in rows.items():
-        cells = [errors.get((*key, dtype)) for dtype in dtypes]
-        print(f"| {name} | " + " | ".join("" if c is None else f"{c:.1e}" for c in cells) + " |")
+        cells = [f"{errors[*key, dtype]:.1e}" if (*key, dtype) in errors else "" for dtype in dtypes]
+        print(f"| {name} | " + " | ".join(cells) + " |")
     print()
 
 
@@ -92,6 +99,7 @@ def main():
     parser.add_argument("--smoke", action="store_true", help="6 programs of 20 cases")
     parser.add_argument("--out", type=pathlib.Path, help="JSON file to write")
     args = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")
     programs, cases = (6, 20) if args.smoke else (args.programs, args.cases)
     rng = np.random.default_rng(args.seed)
     total, failures = 0, []
@@ -99,26 +107,24 @@ def main():
     by_option = collections.defaultdict(float)  # (option, dtype) -> the same, of all quantities
     for number in tqdm(range(programs), unit="program", disable=None):
         config, seed = random_config(rng), int(rng.integers(2**32))
+        results, wrong = [], []
         try:
             results = judged(config, seed, cases)
         except Exception as error:  # one that does not run is a failure, and no end to the others
-            results = []
-            failures.append({"config": config._asdict(), "seed": seed, "error": repr(error)})
-            print(failures[-1], flush=True)
+            wrong.append({"error": repr(error)})
         for count, fractions in results:
             total += count
             for name, fraction in fractions.items():
-                error, capped = fraction * calls.bound(config, name), config.logit_softcap is not None
-                key = (capped, config.function, name, config.dtype)
+                error = fraction * calls.bound(config, name)
+                key = (config.logit_softcap is not None, config.function, name, config.dtype)
                 worst[key] = max(worst[key], error)
-                for option, value in config._asdict().items():
-                    told = option not in ("function", "dtype", "features") and value not in (False, None, 0.0)
-                    if told and (option == "logit_softcap" or not capped):
-                        key = (option if value is True else f"{option}={value}", config.dtype)
-                        by_option[key] = max(by_option[key], error)
+                for option in options(config):
+                    by_option[option, config.dtype] = max(by_option[option, config.dtype], error)
                 if fraction > 1:
-                    failures.append({"config": config._asdict(), "seed": seed, "cases": count, name: fraction})
-                    print(failures[-1], flush=True)
+                    wrong.append({"cases": count, name: fraction})
+        for what in wrong:
+            failures.append({"config": config._asdict(), "seed": seed, **what})
+            tqdm.write(str(failures[-1]))
         if number % 50 == 49:
             jax.clear_caches()
 
@@ -126,8 +132,8 @@ def main():
     for capped in (False, True):
         rows = {f"`{key[1]}`: {key[2]}": key[:3] for key in sorted(worst) if key[0] == capped}
         table("with a soft cap" if capped else "no soft cap", rows, worst, DTYPES)
-    options = {key[0]: key[:1] for key in sorted(by_option)}
-    table("option, of all quantities", options, by_option, ("float32", "float64"))
+    rows = {key[0]: key[:1] for key in sorted(by_option)}
+    table("option, of all quantities", rows, by_option, ("float32", "float64"))
     print(f"{len(failures)} above what is promised")
     if args.out:
         record = {"jax": jax.__version__, "programs": programs, "cases": total, "seed": args.seed, "failures": failures}

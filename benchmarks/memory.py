@@ -1,7 +1,11 @@
 """The tables of docs/memory.md: what the loss of a language model holds, read from programs compiled for the CPU.
 
-It takes a minute, and arrays of these sizes are never allocated; with `--smoke` the sizes are small, and it takes
-seconds.
+    pip install -e ".[bench]"
+    python benchmarks/memory.py            # a minute; arrays of these sizes are never allocated
+    python benchmarks/memory.py --smoke    # a small size
+
+Prints in Markdown the temporaries of the loss with its gradients beside Optax's with full logits, by the size of a
+block, and what the forward pass keeps for the backward pass.
 """
 
 import argparse
@@ -62,7 +66,7 @@ def mib(size):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="one small size, to see that it runs")
     sizes = ((1023, 32, 5003),) if parser.parse_args().smoke else SIZES
     print(f"JAX {jax.__version__}, {jax.default_backend()}")
@@ -77,16 +81,8 @@ def main():
             name = f"{size[0]} x {size[1]} x {size[2]}"
             held = (mib(full), mib(ours), f"{ours / full:.1%}", mib(frozen), f"{frozen / full:.1%}")
             rows.append((name, jnp.dtype(dtype).name, mib(logits), *held))
-    heads = (
-        "positions x features x vocab",
-        "dtype",
-        "logits in float32",
-        "Optax, full logits",
-        "jxent",
-        "",
-        "frozen",
-        "",
-    )
+    heads = ("positions x features x vocab", "dtype", "logits in float32", "Optax, full logits")
+    heads += ("jxent", "", "frozen", "")
     table("Temporaries of `value_and_grad`", heads, rows)
 
     args = arguments(*sizes[0], jnp.float32)

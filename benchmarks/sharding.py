@@ -1,13 +1,16 @@
 """What a sharded `linear_cross_entropy` sends and holds, from compiled programs: the table of docs/sharding.md.
 
-python benchmarks/sharding.py              # for 8 simulated CPU devices
-pip install "jax[tpu]" && python benchmarks/sharding.py --tpu     # for a TPU v5e 2x4; needs no TPU
-python benchmarks/sharding.py --smoke      # small sizes, to see that it works
+    pip install -e ".[test]"
+    python benchmarks/sharding.py              # for 8 simulated CPU devices
+    pip install "jax[tpu]" && python benchmarks/sharding.py --tpu     # for a TPU v5e 2x4; needs no TPU
+    python benchmarks/sharding.py --smoke      # small sizes, to see that it works
+
+Prints in Markdown, for each layout and each kind of mesh axes, the MiB that a device sends in the loop over blocks and
+outside of it, and its temporaries.
 """
 
 import argparse
 import contextlib
-import os
 import sys
 from pathlib import Path
 
@@ -16,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from tpu import chips
 
 import jxent
 
@@ -33,17 +37,6 @@ LAYOUTS = (
     ("FSDP, vocabulary", {"data": 4, "vocab": 2}, P("data"), P("data", "vocab")),
 )
 WAYS = ("Explicit", "Auto, `jax.set_mesh`", "Auto")
-
-
-def devices(tpu):
-    if not tpu:
-        jax.config.update("jax_num_cpu_devices", 8)
-        return jax.devices()
-    from jax.experimental import topologies
-
-    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-8"}
-    os.environ |= {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}
-    return topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
 
 
 def program(mesh, way, sizes, hidden, kernel):
@@ -67,17 +60,18 @@ def program(mesh, way, sizes, hidden, kernel):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tpu", action="store_true", help="compile for a TPU v5e 2x4; needs libtpu, but no TPU")
     parser.add_argument("--smoke", action="store_true", help="small sizes")
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 8)
     sizes = (8, 64, 64, 2048) if args.smoke else (8, 2048, 2048, 131072)
-    chips = devices(args.tpu)
+    devices = chips("v5e:2x4") if args.tpu else jax.devices()
     batch, length, features, vocab = sizes
     print(f"{batch} x {length} positions, {features} features, {vocab} classes, bfloat16, {BLOCKS} blocks")
     print("MiB on each device")
-    print(f"JAX {jax.__version__}, {chips[0].device_kind}\n")
+    print(f"JAX {jax.__version__}, {devices[0].device_kind}\n")
     print(
         "| layout | axes | in the loop, all blocks | outside: gathered | reduce-scattered | all-reduced | temporaries |"
     )
@@ -85,7 +79,7 @@ def main():
     for name, axes, hidden, kernel in LAYOUTS:
         for way in WAYS:
             mesh = Mesh(
-                np.array(chips).reshape([*axes.values()]),
+                np.array(devices).reshape([*axes.values()]),
                 tuple(axes),
                 axis_types=(AxisType["Explicit" if way == "Explicit" else "Auto"],) * len(axes),
             )
