@@ -155,16 +155,7 @@ def tables(found, names):
 
 # --- the figure -------------------------------------------------------------------------------------------------------
 
-STYLES = {
-    "jxent": ("#d62728", "o"),
-    "Optax": ("#1f77b4", "s"),
-    "jax.nn.log_softmax": ("#17becf", "D"),
-    "PyTorch": ("#9467bd", "P"),
-    "jax-cce": ("#2ca02c", "^"),
-    "tokamax": ("#8c564b", "v"),
-}
 WIDTHS = (2.8, 6.5, 5.0, 3.6, 2.4, 1.1)  # coinciding lines show as edges of the wider one
-EVERY = 5  # markers, of each library at other margins than those of the others
 
 
 def draw(found, title, folder):
@@ -174,8 +165,10 @@ def draw(found, title, folder):
         for quantity, panel in zip(QUANTITIES, line, strict=True):
             draw_panel(panel, [row for row in found if row["offset"] == offset and row["quantity"] == quantity])
             panel.set_title(f"{quantity}, offset {offset:g}", fontsize=11)
-    figure.supylabel(f"worst relative error of {ROWS} rows")
-    figure.supxlabel("margin of the label's logit over the largest other")
+    for panel in panels[:, 0]:
+        panel.set_ylabel(f"worst relative error of {ROWS} rows")
+    for panel in panels[1]:
+        panel.set_xlabel("margin of the label's logit over the largest other")
     handles, labels = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, handlelength=3)
     for kind in ("png", "svg"):
@@ -186,10 +179,7 @@ def draw(found, title, folder):
 def draw_panel(panel, part):
     for i, name in enumerate(dict.fromkeys(row["library"] for row in part)):
         margins, worst = zip(*((row["margin"], row["error"]) for row in part if row["library"] == name), strict=True)
-        colour, marker = STYLES[name]
-        style = {"color": colour, "linewidth": WIDTHS[i], "zorder": 9 if i == 0 else 2 + i}
-        style |= {"marker": marker, "markevery": (i % EVERY, EVERY), "markeredgecolor": "w"}
-        panel.plot(margins, worst, label=name, **style)
+        panel.plot(margins, worst, label=name, linewidth=WIDTHS[i], zorder=9 if i == 0 else 2 + i)
     end = max(row["margin"] for row in part)
     too_small = {
         "some exponentials below\nfloat32's normal numbers": ("smallest_exponential", "0.95"),
@@ -201,7 +191,7 @@ def draw_panel(panel, part):
         panel.annotate(text, (start + 1, 2e-7), va="bottom", fontsize=8, color="0.3", rotation=90, zorder=10)
     for at, style, text, place in ((1, ":", "100%: a result of 0", "bottom"), (ROUNDOFF, "--", "unit roundoff", "top")):
         panel.axhline(at, color="0.35", linewidth=0.9, linestyle=style, zorder=1)
-        panel.annotate(text, (45, at), ha="center", va=place, fontsize=8.5, color="0.25")
+        panel.annotate(text, (45, at * (1.4 if place == "bottom" else 0.8)), va=place, fontsize=8.5, color="0.25")
     panel.set_yscale("log")
     panel.set_xlim(-1, end)
     panel.set_ylim(1.5e-8, 6)

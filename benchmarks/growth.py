@@ -56,24 +56,6 @@ PRESETS = {
 }
 SMOKE = {"dtype": "float32", "features": 32, "positions": (128, [64, 256, 4096]), "classes": (1003, [128, 1024])}
 
-STYLES = {
-    "jxent": ("#d62728", "o"),
-    "jxent, full logits": ("#ff9896", "o"),
-    "Optax": ("#1f77b4", "s"),
-    "Optax, full logits": ("#1f77b4", "s"),
-    "jax.nn": ("#17becf", "D"),
-    "jax.nn, full logits": ("#17becf", "D"),
-    "jax-cce": ("#2ca02c", "^"),
-    "tokamax, xla": ("#8c564b", "v"),
-    "tokamax, mosaic_tpu": ("#bcbd22", "v"),
-    "PyTorch": ("#9467bd", "P"),
-    "PyTorch, full logits": ("#9467bd", "P"),
-    "PyTorch, compiled": ("#e377c2", "X"),
-    "PyTorch, full logits, compiled": ("#e377c2", "X"),
-    "PyTorch, linear_cross_entropy": ("#ff7f0e", "*"),
-    "floor": ("0.35", None),
-}
-
 
 # --- what is measured -------------------------------------------------------------------------------------------------
 
@@ -185,10 +167,12 @@ def draw(record, grown, folder):
 
 
 def draw_lines(panel, grown, quantity):
+    names = list(dict.fromkeys(point["name"] for point in grown["points"] if point["name"] != "floor"))
     for name, (at, values, label) in lines(grown, quantity).items():
-        colour, marker = STYLES[name]
-        style = {"linestyle": "--" if name == "floor" else "-", "linewidth": 2.6 if name == "jxent" else 1.4}
-        panel.plot(at, values, color=colour, marker=marker, markersize=5, label=label, **style)
+        style = {"color": "0.35", "linestyle": "--"}
+        if name != "floor":
+            style = {"color": f"C{names.index(name)}", "marker": "o", "linewidth": 3 if name == "jxent" else 1.4}
+        panel.plot(at, values, label=label, **style)
 
 
 def lines(grown, quantity):
