@@ -45,9 +45,8 @@ def positions_of(options, weights, labels, array, axis, classes) -> Positions:
         sample_weight = sample_weight.astype(compute_dtype(sample_weight.dtype))
         sample_weight = only(keep, as_positions(jnp.broadcast_to(sample_weight, shape)))
     first = first_class(shards, classes)
-    return Positions(
-        labels, keep, _label_weight(labels, weights.class_weight, keep, shards, first), sample_weight, first
-    )
+    label_weight = _label_weight(labels, weights.class_weight, keep, shards, first)
+    return Positions(labels, keep, label_weight, sample_weight, first)
 
 
 def _counted(labels, where, ignore_index):
