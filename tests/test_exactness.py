@@ -64,6 +64,7 @@ def losses_and_gradients(logits, labels, one_hot, axis_name=None):
     }
 
 
+@pytest.mark.covering("10-50.0")
 @pytest.mark.parametrize("offset", OFFSETS)
 @pytest.mark.parametrize("classes", CLASSES)
 def test_float32(classes, offset):
@@ -99,6 +100,7 @@ def everything(logits, labels, one_hot, axis_name=None):
     )
 
 
+@pytest.mark.covering("shard_map-8")
 @pytest.mark.parametrize(
     ("way", "classes"), [("shard_map", 8), ("shard_map", 1000), ("Auto", 1000), ("Explicit", 1000)]
 )
@@ -129,6 +131,7 @@ def test_float32_on_shards(way, classes):
     chex.assert_trees_all_close(log_normalizer, oracle.logsumexp(logits).astype(np.float32), rtol=BOUND)
 
 
+@pytest.mark.covering("bfloat16-3")
 @pytest.mark.parametrize("classes", [3, 1000, 50257])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_logits(dtype, classes):
@@ -165,6 +168,7 @@ def test_float64(classes):
     assert worst(vjp(jnp.ones_like(value))[0], oracle.logit_gradient(logits, labels)) < 2e-14
 
 
+@pytest.mark.covering("index-{'label_smoothing': 0.1}-1000")
 @pytest.mark.parametrize("classes", [3, 1000])
 @pytest.mark.parametrize(
     "options",

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from grids import jit
 
 import jxent
 
@@ -51,6 +52,7 @@ def arguments(kind):
     return [jnp.asarray(a) for a in arrays], jnp.asarray(where), jnp.asarray(rng.normal(size=(N, D)))
 
 
+@pytest.mark.covering("index-none-None")
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("kind", ["index", "probabilities"])
@@ -67,7 +69,7 @@ def test_cross_entropy(kind, reduction, softcap):
         return plain(*args, where=where, softcap=softcap, reduction=reduction)
 
     def gradients(loss):
-        return jax.grad(lambda *args: jnp.sum(loss(*args) * (cotangent if reduction == "none" else 1)), wrt)(*args)
+        return jit(jax.grad(lambda *args: jnp.sum(loss(*args) * (cotangent if reduction == "none" else 1)), wrt))(*args)
 
     for i, got, want in zip(wrt, gradients(ours), gradients(theirs), strict=True):
         # A sum of some 40 terms of size 1, in float64.
@@ -95,7 +97,7 @@ def test_nll_loss(kind):
         return jnp.where(keep, sample_weight * loss, 0).sum() / jnp.where(keep, weight, 0).sum()
 
     args = log_p, labels, class_weight, sample_weight
-    for got, want in zip(jax.grad(ours, wrt)(*args), jax.grad(theirs, wrt)(*args), strict=True):
+    for got, want in zip(jit(jax.grad(ours, wrt))(*args), jit(jax.grad(theirs, wrt))(*args), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-14)
 
 
@@ -122,6 +124,7 @@ def test_a_class_without_probability(name):
     np.testing.assert_allclose(grad_weight, [0.75 * log_2, 0.75 * log_2, np.inf])
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("axis", [-1, 0, (0, 2), None])
 @pytest.mark.parametrize("name", ["logsumexp", "softmax", "log_softmax"])
 def test_softmax_family(name, axis):
@@ -138,6 +141,7 @@ def test_softmax_family(name, axis):
     np.testing.assert_allclose(pull(cotangent)[0], pull_want(cotangent)[0], rtol=1e-11, atol=1e-14)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("kind", ["index", "probabilities"])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_broadcast_sample_weight(kind, reduction):

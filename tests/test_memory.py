@@ -68,6 +68,7 @@ def temporaries(function, *args):
     return jax.jit(function).lower(*args).compile().memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.covering("logsumexp-(2048, 1000)-float32", "index-(64, 131072)-bfloat16", pairs=True)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", LOSSES)
@@ -92,6 +93,7 @@ def test_float16_logits_are_copied_once():
         assert 2 * size <= temporaries(function, logits, labels) <= 2.02 * size
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("function", [jxent.softmax, jxent.log_softmax])
@@ -196,6 +198,7 @@ def test_linear_takes_a_fraction_of_full_logits():
         assert largest_array(program.as_text()) <= 400 * vocab
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", [(1031,), (3, 347)], ids=str)
 @pytest.mark.parametrize("name", LINEAR_OPTIONS)
@@ -217,6 +220,7 @@ def test_linear_holds_blocks(name, shape, dtype):
     assert program.memory_analysis().temp_size_in_bytes <= allowed
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("vocab_axis", [-1, 0])
 @pytest.mark.parametrize("shape", [(64,), (4, 16)], ids=str)

@@ -1,9 +1,8 @@
 """Properties of random calls: the definitions in float64 and with 50 digits, and identities that need no oracle.
 
-`HYPOTHESIS_PROFILE=long` draws a hundred times as many, anew each time; benchmarks/fuzz.py runs a million.
+How many, conftest.py says: a few, with `--exhaustive` more, and with `HYPOTHESIS_PROFILE=long` a thousand, anew each time.
+benchmarks/fuzz.py runs a million.
 """
-
-import os
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +15,6 @@ from jax.sharding import PartitionSpec as P
 from random_calls import Config
 
 import jxent
-
-settings.register_profile("ci", max_examples=10, deadline=None, derandomize=True)
-settings.register_profile("long", max_examples=1000, deadline=None)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 BOUND = 5e-6
 seeds = st.integers(0, 2**32 - 1)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from grids import jit, short
 from jax.flatten_util import ravel_pytree
 from jax.sharding import PartitionSpec
 
@@ -65,8 +66,10 @@ CASES = {
     "cross_entropy-stats": Case(jxent.cross_entropy, {"return_stats": True}, INDEX | {"where": WHERE}),
 }
 LOSSES = [name for name, case in CASES.items() if case.is_loss]
+FUNCTIONS = ("logsumexp", "softmax", "log_softmax", "nll_loss-index", "cross_entropy-smooth-probability")
 each_case = pytest.mark.parametrize("name", CASES)
-each_loss = pytest.mark.parametrize("name", LOSSES)
+each_function = pytest.mark.parametrize("name", short(CASES, *FUNCTIONS))  # and --exhaustive each case
+each_loss = pytest.mark.parametrize("name", short(LOSSES, *FUNCTIONS))
 
 
 def in_dtype(array, dtype):
@@ -171,7 +174,7 @@ def assert_gradients_matter(gradients):
 # --- jit, grad --------------------------------------------------------------------------------------------------------
 
 
-@each_case
+@each_function
 def test_jit(name):
     floats, rest = inputs(name)
     eager = jax.value_and_grad(partial(scalar, name))
@@ -179,7 +182,7 @@ def test_jit(name):
     assert_close(jax.jit(eager)(floats, rest), eager(floats, rest), ulps=8)
 
 
-@each_case
+@each_function
 def test_grad_and_value_and_grad(name):
     floats, rest = inputs(name)
     f = partial(scalar, name)
@@ -188,11 +191,11 @@ def test_grad_and_value_and_grad(name):
     assert_close(jax.grad(f)(floats, rest), gradient, ulps=2)
 
 
-@each_case
+@each_function
 def test_first_derivatives_are_those_of_the_formula(name, x64):
     floats, rest = inputs(name, jnp.float64)
-    actual = jax.value_and_grad(partial(scalar, name))(floats, rest)
-    assert_close(actual, jax.value_and_grad(partial(plain_scalar, name))(floats, rest), ulps=4 * SIZE)
+    actual = jit(jax.value_and_grad(partial(scalar, name)))(floats, rest)
+    assert_close(actual, jit(jax.value_and_grad(partial(plain_scalar, name)))(floats, rest), ulps=4 * SIZE)
 
 
 def test_stats_as_auxiliary_output():
@@ -250,14 +253,14 @@ def example(arrays, i):
     return jax.tree.map(lambda a: a[i], arrays)
 
 
-@each_case
+@each_function
 def test_vmap_over_examples(name):
     arrays, shared = split_examples(name)
     mapped = jax.vmap(lambda example: rows(name, example | shared))(arrays)
     assert_close(mapped, rows(name, arrays | shared), ulps=4)
 
 
-@each_case
+@each_function
 def test_vmap_over_positions(name):
     """Down to unbatched (classes,) scores with a scalar label."""
     arrays, shared = split_examples(name)
@@ -282,7 +285,7 @@ def test_vmap_of_the_mean_over_examples(name):
     assert_close(mapped, jnp.stack(looped), ulps=4)
 
 
-@each_case
+@each_function
 def test_gradients_per_example(name):
     arrays, shared = split_examples(name)
     scores = arrays.pop("scores")
@@ -330,13 +333,13 @@ def direction(vector):
     return jnp.asarray(np.random.default_rng(11).normal(size=vector.shape))
 
 
-@each_case
+@each_function
 def test_hessian(name, x64):
     """With respect to all floating-point arrays at once, mixed derivatives included."""
     f, at = flat(name, scalar)
-    expected = jax.jit(jax.hessian(flat(name, plain_scalar)[0]))(at)
+    expected = jit(jax.hessian(flat(name, plain_scalar)[0]))(at)
     assert_gradients_matter(expected)
-    assert_close(jax.jit(jax.hessian(f))(at), expected, ulps=16 * SIZE)
+    assert_close(jit(jax.hessian(f))(at), expected, ulps=16 * SIZE)
 
 
 @each_case
@@ -345,13 +348,13 @@ def test_forward_over_reverse(name, x64):
     f, at = flat(name, scalar)
     v = direction(at)
     reference = flat(name, plain_scalar)[0]
-    run = [jax.jit(lambda at, f=f: jax.jvp(jax.value_and_grad(f), (at,), (v,))) for f in (f, reference)]
+    run = [jit(lambda at, f=f: jax.jvp(jax.value_and_grad(f), (at,), (v,))) for f in (f, reference)]
     (_, gradient), (along, product) = run[0](at)
     assert_close((along, product), run[1](at)[1], ulps=16 * SIZE)
     assert_close(along, gradient @ v, ulps=16 * SIZE)
 
 
-@each_case
+@each_function
 def test_reverse_over_reverse(name, x64):
     """The gradient of the loss plus its squared gradient's norm, a gradient penalty."""
 
@@ -360,7 +363,7 @@ def test_reverse_over_reverse(name, x64):
             value, gradient = jax.value_and_grad(f)(at)
             return value + gradient @ gradient
 
-        return jax.jit(jax.value_and_grad(objective))
+        return jit(jax.value_and_grad(objective))
 
     (f, at), (reference, _) = flat(name, scalar), flat(name, plain_scalar)
     assert_close(penalized(f)(at), penalized(reference)(at), ulps=32 * SIZE)
@@ -377,8 +380,8 @@ def test_hessian_vector_product_of_each_example(name, x64):
         gradient = jax.grad(lambda scores: of(name, {"scores": scores}, example | shared))
         return jax.jvp(gradient, (scores,), (v,))[1]
 
-    actual = jax.jit(jax.vmap(partial(product, scalar)))(scores, arrays, v)
-    expected = jax.jit(jax.vmap(partial(product, plain_scalar)))(scores, arrays, v)
+    actual = jit(jax.vmap(partial(product, scalar)))(scores, arrays, v)
+    expected = jit(jax.vmap(partial(product, plain_scalar)))(scores, arrays, v)
     assert_close(actual, expected, ulps=16 * SIZE)
 
 
@@ -393,7 +396,7 @@ def test_forward_mode_is_refused(name):
 # --- checkpoint and loops ---------------------------------------------------------------------------------------------
 
 
-@each_case
+@each_function
 def test_checkpoint(name):
     floats, rest = inputs(name)
     f = partial(scalar, name)
@@ -401,7 +404,7 @@ def test_checkpoint(name):
     assert_close(jax.jit(jax.value_and_grad(jax.checkpoint(f)))(floats, rest), expected, ulps=8)
 
 
-@each_case
+@each_function
 def test_scan_over_examples(name):
     """Losses accumulated over micro-batches, and the gradient of their sum."""
     arrays, shared = split_examples(name)
@@ -424,7 +427,7 @@ def test_scan_over_examples(name):
     assert_close(jax.jit(jax.value_and_grad(accumulated))(scores), expected, ulps=8)
 
 
-@each_case
+@each_function
 def test_map_over_examples(name):
     arrays, shared = split_examples(name)
     mapped = jax.lax.map(lambda example: rows(name, example | shared), arrays)
@@ -434,7 +437,7 @@ def test_map_over_examples(name):
 # --- compiled ahead, and elsewhere ------------------------------------------------------------------------------------
 
 
-@each_case
+@each_function
 def test_ahead_of_time(name):
     floats, rest = inputs(name)
     f = jax.value_and_grad(partial(scalar, name))
@@ -442,7 +445,7 @@ def test_ahead_of_time(name):
     assert_close(compiled(floats, rest), f(floats, rest), ulps=8)
 
 
-@each_case
+@each_function
 def test_export(name):
     """One module for four platforms, run here on the CPU."""
     floats, rest = inputs(name)
@@ -483,7 +486,7 @@ def one_device():
     return jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
 
 
-@each_case
+@each_function
 def test_shard_map(name):
     """Examples sharded, losses summed over the mesh axis, the gradient taken through it."""
     arrays, shared = split_examples(name)
@@ -555,7 +558,7 @@ def test_eager_calls_compile_once(caplog, option):
     assert run(scores, labels, **{option: 0.2}) > 0
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name != "logsumexp"])
+@pytest.mark.parametrize("name", short([name for name in CASES if name != "logsumexp"], *FUNCTIONS[2:]))
 def test_eager_calls_do_not_compile_for_new_values(caplog, name):
     floats, rest = inputs(name)
     others = jax.tree.map(lambda a: a * 2, floats)
