@@ -642,19 +642,6 @@ def test_label_out_of_range_beside_a_masked_class(function):
     assert np.isfinite(np.delete(gradient, BAD, 0)).all()
 
 
-def test_label_out_of_range_in_stats():
-    """The label's log-probability is NaN, what other positions report is as ever, and the prediction needs no label."""
-    run = jax.jit(partial(jxent.cross_entropy, return_stats=True))
-    _, expected = run(LOGITS, with_label(C - 1, "int32"))
-    _, stats = run(LOGITS, with_label(C, "int32"))
-    assert np.isnan(stats.log_prob[BAD])
-    others = np.arange(N) != BAD
-    for name in ("log_prob", "log_normalizer", "entropy", "prediction"):
-        np.testing.assert_array_equal(getattr(stats, name)[others], getattr(expected, name)[others])
-    np.testing.assert_array_equal(stats.prediction, expected.prediction)
-    assert stats.weight == expected.weight == N
-
-
 def test_label_out_of_range_of_a_shared_kernel():
     """Every position's logits are of the one kernel, so a bad label makes all of its gradient NaN."""
     run = jax.jit(jax.grad(jxent.linear_cross_entropy, argnums=(0, 1)), static_argnames="block_size")

@@ -216,60 +216,6 @@ def test_nothing_counts(function, nothing):
     chex.assert_shape(loss("none")(logits, class_weight, sample_weight), (n,))
 
 
-@pytest.mark.parametrize("kind", ["index", "probabilities"])
-def test_stats(kind):
-    logits, labels, weights = data(kind, np.float32)
-    capped = oracle.softcap(logits, 4.0)
-    loss, stats = jxent.cross_entropy(
-        logits, labels, **weights, label_smoothing=0.1, logit_softcap=4.0, reduction="sum", return_stats=True
-    )
-    keep = weights["where"] & (labels != -100 if kind == "index" else True)
-    log_p = oracle.log_softmax(capped)
-    q = oracle.one_hot(labels, C) if kind == "index" else labels
-    for got, want in (
-        (stats.log_prob, (q * log_p).sum(-1)),
-        (stats.log_normalizer, oracle.logsumexp(capped)),
-        (stats.entropy, -(np.exp(log_p) * log_p).sum(-1)),
-    ):
-        chex.assert_type(got, jnp.float32)
-        np.testing.assert_allclose(got, np.where(keep, want, 0), rtol=1e-5, atol=1e-7)
-    np.testing.assert_array_equal(stats.prediction, np.where(keep, logits.argmax(-1), -(2**31)))
-    chex.assert_type(stats.prediction, jnp.int32)
-    _, weight = oracle.position_losses(logits, labels, **weights)
-    np.testing.assert_allclose(stats.weight, weight.sum(), rtol=1e-6)
-    mean = jxent.cross_entropy(logits, labels, **weights, label_smoothing=0.1, logit_softcap=4.0)
-    np.testing.assert_allclose(loss / stats.weight, mean, rtol=1e-6)
-
-
-@pytest.mark.parametrize("ignore_index", [-1, 0, -100])
-def test_an_ignored_position_is_never_a_hit(ignore_index):
-    labels = jnp.array([ignore_index, 2, ignore_index])
-    logits = jnp.array([[9.0, 0, 0], [0, 0, 9], [0, 9, 0]])
-    _, stats = jxent.cross_entropy(logits, labels, ignore_index=ignore_index, return_stats=True)
-    assert jnp.sum(stats.prediction == labels) / stats.weight == 1
-
-
-def test_stats_of_a_confident_wrong_row():
-    """Entropy and log-normalizer do not depend on which class the label is."""
-    logits = jnp.array([[0.0, -20.0, -30.0]])
-    stats = [jxent.cross_entropy(logits, jnp.array([t]), return_stats=True)[1] for t in range(3)]
-    log_p = oracle.log_softmax(logits)[0]
-    for t in range(3):
-        np.testing.assert_allclose(stats[t].entropy[0], -(np.exp(log_p) * log_p).sum(), rtol=2e-6)
-        np.testing.assert_allclose(stats[t].log_normalizer[0], np.logaddexp.reduce(logits[0].astype(float)), rtol=1e-6)
-        np.testing.assert_allclose(stats[t].log_prob[0], log_p[t], rtol=2e-6)
-
-
-def test_stats_carry_no_gradient():
-    logits, labels, _ = data("index", np.float32)
-
-    def statistic(x):
-        stats = jxent.cross_entropy(x, labels, return_stats=True)[1]
-        return jnp.sum(stats.entropy + stats.log_prob + stats.log_normalizer)
-
-    assert np.all(np.asarray(jax.grad(statistic)(logits)) == 0)
-
-
 @pytest.mark.covering("{}-probabilities", "{'logit_softcap': 5.0}-index", "{'label_smoothing': 0.1}-index")
 @pytest.mark.parametrize("kind", ["index", "probabilities"])
 @pytest.mark.parametrize(

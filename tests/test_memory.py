@@ -1,4 +1,4 @@
-"""No copy of the logits, read from the compiled CPU program (design: "Never the logits")."""
+"""No copy of the logits, read from the compiled CPU program (docs/memory.md)."""
 
 import math
 import re

@@ -11,10 +11,11 @@ import pytest
 
 import jxent
 
-SOURCES = sorted(pathlib.Path(jxent.__file__).parent.rglob("*.py"))
+PACKAGE = pathlib.Path(jxent.__file__).parent
+SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
 def test_nothing_private_of_jax(source):
     """Neither modules that JAX does not document, nor names with an underscore in those that it does."""
     tree = ast.parse(source.read_text(encoding="utf-8"))

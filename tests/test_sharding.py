@@ -624,18 +624,6 @@ def test_classes_over_two_axes(expected):
     assert_equal(jit(jax.value_and_grad(f, wrt))(*arrays_of("linear-all")), expected["linear-all"])
 
 
-def test_stats_with_axis_name():
-    arrays = ARRAYS["logits"].round(), LABELS  # with ties between shards
-    f = partial(jxent.cross_entropy, return_stats=True)
-    sharded = jax.shard_map(
-        partial(f, axis_name="vocab"),
-        mesh=mesh_of("Auto", vocab=8),
-        in_specs=(SPECS["logits"], P()),
-        out_specs=P(),
-    )
-    assert_equal(sharded(*arrays), f(*map(jnp.asarray, arrays)))
-
-
 @pytest.mark.parametrize(
     "name", short(("linear", "linear-recompute", "cross_entropy-all"), "linear", "cross_entropy-all")
 )
@@ -759,16 +747,6 @@ def test_shard_map_over_some_axes(check_vma):
     placed = [put(mesh, a, s) for a, s in zip(arrays, (P("data"), P(None, "vocab"), P("data")), strict=True)]
     wanted = jit(jax.value_and_grad(jxent.linear_cross_entropy, (0, 1)))(*map(jnp.asarray, arrays))
     assert_equal(jit(jax.value_and_grad(f, (0, 1)))(*placed), wanted)
-
-
-def test_stats_of_all_positions():
-    def f(logits, labels, **options):
-        return jxent.cross_entropy(logits, labels, return_stats=True, **options)[1].weight
-
-    sharded = jax.shard_map(
-        partial(f, batch_axis_name="data"), mesh=mesh_of("Auto", data=8), in_specs=P("data"), out_specs=P()
-    )
-    assert sharded(ARRAYS["logits"], LABELS) == f(ARRAYS["logits"], LABELS) == np.sum(LABELS != -100)
 
 
 def test_no_positions():
