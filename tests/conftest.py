@@ -42,8 +42,11 @@ def pytest_configure(config):
     exhaustive = config.getoption("--exhaustive")
     profile = os.environ.get("HYPOTHESIS_PROFILE", "exhaustive" if exhaustive else "short")
     hypothesis.settings.load_profile(profile)
-    if exhaustive:
-        grids.QUICK.clear()
+    if (
+        not exhaustive
+    ):  # XLA need not optimize what runs once; test_exactness.py has it optimize where rounding is judged
+        flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
 
 
 @pytest.hookimpl(trylast=True)  # after -k and -m

@@ -2,15 +2,9 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from functools import partial
 from itertools import combinations
 
-import jax
 import pytest
-
-# XLA need not optimize what runs once; where rounding is the promise, it has to. `--exhaustive` empties this.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-jit = partial(jax.jit, compiler_options=QUICK)
 
 
 def short(values, *taken):

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from grids import jit
 
 import jxent
 
@@ -46,7 +45,9 @@ def test_cross_entropy(kind, reduction, softcap):
             options = dict(zip(names, arrays, strict=True)) | {"where": where, "reduction": reduction}
             return function(logits, labels, logit_softcap=softcap, **options)
 
-        return jit(jax.grad(lambda *args: jnp.sum(loss(*args) * (cotangent if reduction == "none" else 1)), wrt))(*args)
+        return jax.jit(jax.grad(lambda *args: jnp.sum(loss(*args) * (cotangent if reduction == "none" else 1)), wrt))(
+            *args
+        )
 
     for i, got, want in zip(wrt, *map(gradients, (jxent.cross_entropy, reference.cross_entropy)), strict=True):
         # A sum of some 40 terms of size 1, in float64.
@@ -63,7 +64,7 @@ def test_nll_loss(kind):
         def loss(log_p, labels, class_weight, sample_weight):
             return function(log_p, labels, class_weight=class_weight, sample_weight=sample_weight, where=where)
 
-        return jit(jax.grad(loss, wrt))(log_p, labels, class_weight, sample_weight)
+        return jax.jit(jax.grad(loss, wrt))(log_p, labels, class_weight, sample_weight)
 
     for got, want in zip(*map(gradients, (jxent.nll_loss, reference.nll_loss)), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-14)

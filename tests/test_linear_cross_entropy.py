@@ -15,7 +15,7 @@ import numpy as np
 import oracle
 import pytest
 import reference
-from grids import jit, short
+from grids import short
 from jax.sharding import AxisType, PartitionSpec
 
 import jxent
@@ -120,7 +120,7 @@ def test_equals_cross_entropy(row, x64):
         logits = logits_of(every.pop("hidden"), every.pop("kernel"), every.pop("bias", None), axis)
         return jxent.cross_entropy(logits, **every, **options)
 
-    @partial(jit, static_argnums=0)
+    @partial(jax.jit, static_argnums=0)
     def outcome(function, floats):
         loss, pull, *stats = jax.vjp(function, floats, has_aux=options["return_stats"])
         return loss, pull(cotangent)[0], stats
@@ -564,7 +564,7 @@ def test_default_block_size(platform, wrt, positions, vocab, blocks):
 # --- transformations --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("reduction", short(("mean", "none"), "mean"))
 def test_vmap(reduction, x64):
     """Over examples, over kernels, over both; losses and gradients are those of the single calls."""
     hidden, kernel, bias, labels = arrays((3, 7), 4, 6)
@@ -576,18 +576,18 @@ def test_vmap(reduction, x64):
         return jnp.sum(losses * (cotangent if reduction == "none" else 1))
 
     step = jax.value_and_grad(loss, (0, 1))
-    alone = jit(step)
+    alone = jax.jit(step)
     for axes, args in (
         ((0, None, 0), (hidden, kernel, labels)),
         ((None, 0, None), (hidden[0], kernels, labels[0])),
         ((0, 0, 0), (hidden, kernels, labels)),
     ):
-        got = jit(jax.vmap(step, axes))(*args)
+        got = jax.jit(jax.vmap(step, axes))(*args)
         for i in range(3):
             single = [a if axis is None else a[i] for a, axis in zip(args, axes, strict=True)]
             chex.assert_trees_all_close(jax.tree.map(lambda a, i=i: a[i], got), alone(*single), rtol=1e-12, atol=1e-14)
         # The gradient of the vmapped loss: here the kernel's is a sum over the examples that share it.
-        total = jit(jax.grad(lambda *args, axes=axes: jnp.sum(jax.vmap(loss, axes)(*args)), 1))(*args)
+        total = jax.jit(jax.grad(lambda *args, axes=axes: jnp.sum(jax.vmap(loss, axes)(*args)), 1))(*args)
         want = got[1][1] if axes[1] == 0 else got[1][1].sum(0)
         np.testing.assert_allclose(total, want, rtol=1e-12, atol=1e-14)
 
@@ -609,10 +609,10 @@ def test_second_derivatives(recompute, x64):
     args = hidden, kernel, bias
 
     def product(f):
-        return jit(lambda: jax.jvp(jax.grad(f, (0, 1, 2)), args, tangents)[1])()
+        return jax.jit(lambda: jax.jvp(jax.grad(f, (0, 1, 2)), args, tangents)[1])()
 
     chex.assert_trees_all_close(product(ours), product(theirs), rtol=1e-9, atol=1e-12)
-    hessian, want = (jit(jax.hessian(f, 1))(*args) for f in (ours, theirs))
+    hessian, want = (jax.jit(jax.hessian(f, 1))(*args) for f in (ours, theirs))
     np.testing.assert_allclose(hessian, want, rtol=1e-9, atol=1e-12)
 
 
@@ -629,7 +629,7 @@ def test_reverse_over_reverse_of_one_argument(recompute, x64):
         return reference.cross_entropy(h @ k, labels)
 
     def product(f, wrt):
-        return jit(jax.grad(lambda *args: jnp.vdot(jax.grad(f, wrt)(*args), args[wrt]), wrt))(*args)
+        return jax.jit(jax.grad(lambda *args: jnp.vdot(jax.grad(f, wrt)(*args), args[wrt]), wrt))(*args)
 
     for wrt in (0, 1):
         np.testing.assert_allclose(product(ours, wrt), product(theirs, wrt), rtol=1e-9, atol=1e-12)
@@ -644,7 +644,7 @@ def test_second_derivatives_with_a_masked_class(x64):
             return jxent.linear_cross_entropy(hidden, kernel, labels, bias=bias, label_smoothing=0.1, block_size=4)
 
         kernels = more if bias.size == 5 else kernel
-        return jit(lambda kernels: jax.jvp(jax.grad(loss), (kernels,), (kernels,))[1])(kernels)
+        return jax.jit(lambda kernels: jax.jvp(jax.grad(loss), (kernels,), (kernels,))[1])(kernels)
 
     np.testing.assert_allclose(product(masked)[:, :4], product(bias), rtol=1e-10, atol=1e-14)
     np.testing.assert_array_equal(product(masked)[:, 4], 0)
@@ -800,9 +800,9 @@ def test_second_derivatives_of_one_block(options, x64):
     def squares(f):
         return lambda kernel: jnp.sum(jax.grad(f)(hidden, kernel) ** 2)
 
-    hessians = [jit(jax.hessian(f, 1))(hidden, kernel) for f in (loss, full)]
+    hessians = [jax.jit(jax.hessian(f, 1))(hidden, kernel) for f in (loss, full)]
     np.testing.assert_allclose(*hessians, rtol=1e-10, atol=1e-13)
-    reverse = [jit(jax.grad(squares(f)))(kernel) for f in (loss, full)]
+    reverse = [jax.jit(jax.grad(squares(f)))(kernel) for f in (loss, full)]
     np.testing.assert_allclose(*reverse, rtol=1e-10, atol=1e-13)
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from grids import jit, short
+from grids import short
 from jax.flatten_util import ravel_pytree
 from jax.sharding import PartitionSpec
 
@@ -150,8 +150,8 @@ def test_grad_and_value_and_grad(name):
 @each_function
 def test_first_derivatives_are_those_of_the_formula(name, x64):
     floats, rest = inputs(name, jnp.float64)
-    actual = jit(jax.value_and_grad(partial(scalar, name)))(floats, rest)
-    assert_close(actual, jit(jax.value_and_grad(partial(plain_scalar, name)))(floats, rest), ulps=4 * SIZE)
+    actual = jax.jit(jax.value_and_grad(partial(scalar, name)))(floats, rest)
+    assert_close(actual, jax.jit(jax.value_and_grad(partial(plain_scalar, name)))(floats, rest), ulps=4 * SIZE)
 
 
 @each_loss
@@ -266,9 +266,9 @@ def direction(vector):
 def test_hessian(name, x64):
     """With respect to all floating-point arrays at once, mixed derivatives included."""
     f, at = flat(name, scalar)
-    expected = jit(jax.hessian(flat(name, plain_scalar)[0]))(at)
+    expected = jax.jit(jax.hessian(flat(name, plain_scalar)[0]))(at)
     assert_gradients_matter(expected)
-    assert_close(jit(jax.hessian(f))(at), expected, ulps=16 * SIZE)
+    assert_close(jax.jit(jax.hessian(f))(at), expected, ulps=16 * SIZE)
 
 
 @each_case
@@ -277,7 +277,7 @@ def test_forward_over_reverse(name, x64):
     f, at = flat(name, scalar)
     v = direction(at)
     reference = flat(name, plain_scalar)[0]
-    run = [jit(lambda at, f=f: jax.jvp(jax.value_and_grad(f), (at,), (v,))) for f in (f, reference)]
+    run = [jax.jit(lambda at, f=f: jax.jvp(jax.value_and_grad(f), (at,), (v,))) for f in (f, reference)]
     (_, gradient), (along, product) = run[0](at)
     assert_close((along, product), run[1](at)[1], ulps=16 * SIZE)
     assert_close(along, gradient @ v, ulps=16 * SIZE)
@@ -292,7 +292,7 @@ def test_reverse_over_reverse(name, x64):
             value, gradient = jax.value_and_grad(f)(at)
             return value + gradient @ gradient
 
-        return jit(jax.value_and_grad(objective))
+        return jax.jit(jax.value_and_grad(objective))
 
     (f, at), (reference, _) = flat(name, scalar), flat(name, plain_scalar)
     assert_close(penalized(f)(at), penalized(reference)(at), ulps=32 * SIZE)
@@ -309,8 +309,8 @@ def test_hessian_vector_product_of_each_example(name, x64):
         gradient = jax.grad(lambda scores: of(name, {"scores": scores}, example | shared))
         return jax.jvp(gradient, (scores,), (v,))[1]
 
-    actual = jit(jax.vmap(partial(product, scalar)))(scores, arrays, v)
-    expected = jit(jax.vmap(partial(product, plain_scalar)))(scores, arrays, v)
+    actual = jax.jit(jax.vmap(partial(product, scalar)))(scores, arrays, v)
+    expected = jax.jit(jax.vmap(partial(product, plain_scalar)))(scores, arrays, v)
     assert_close(actual, expected, ulps=16 * SIZE)
 
 
