@@ -42,9 +42,7 @@ def pytest_configure(config):
     exhaustive = config.getoption("--exhaustive")
     profile = os.environ.get("HYPOTHESIS_PROFILE", "exhaustive" if exhaustive else "short")
     hypothesis.settings.load_profile(profile)
-    if (
-        not exhaustive
-    ):  # XLA need not optimize what runs once; test_exactness.py has it optimize where rounding is judged
+    if not exhaustive:  # XLA need not optimize what runs once; test_exactness.py, which judges rounding, has it do so
         flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
 

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 import jxent
 
-# As everywhere else: the short run has XLA optimize little.
+# Rounding is judged in programs as users have them; in the short run XLA optimizes little elsewhere (conftest.py).
 OPTIMIZED = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
 optimized = partial(jax.jit, compiler_options=OPTIMIZED)
 
@@ -50,21 +50,22 @@ def worst(got, want):
     return np.max(np.abs(got - want)[judged] / np.abs(want)[judged])
 
 
+def pull(loss, logits):
+    """The losses of all positions, and the gradient of their sum."""
+    values, vjp = jax.vjp(loss, logits)
+    return values, vjp(jnp.ones_like(values))[0]
+
+
 def losses_and_gradients(logits, labels, one_hot, axis_name=None):
     options = {"reduction": "none", "axis_name": axis_name}
 
-    def pull(loss):
-        values, vjp = jax.vjp(loss, logits)
-        return values, vjp(jnp.ones_like(values))[0]
-
-    return {
-        "index labels": pull(lambda x: jxent.cross_entropy(x, labels, **options)),
-        "index labels, with stats": pull(lambda x: jxent.cross_entropy(x, labels, return_stats=True, **options)[0]),
-        "one-hot labels": pull(lambda x: jxent.cross_entropy(x, one_hot, **options)),
-        "log_softmax, nll_loss": pull(
-            lambda x: jxent.nll_loss(jxent.log_softmax(x, axis_name=axis_name), labels, **options)
-        ),
+    losses = {
+        "index labels": lambda x: jxent.cross_entropy(x, labels, **options),
+        "index labels, with stats": lambda x: jxent.cross_entropy(x, labels, return_stats=True, **options)[0],
+        "one-hot labels": lambda x: jxent.cross_entropy(x, one_hot, **options),
+        "log_softmax, nll_loss": lambda x: jxent.nll_loss(jxent.log_softmax(x, axis_name=axis_name), labels, **options),
     }
+    return {name: pull(loss, logits) for name, loss in losses.items()}
 
 
 @pytest.mark.covering("10-50.0")
@@ -93,8 +94,7 @@ def everything(logits, labels, one_hot, axis_name=None):
         return jxent.linear_cross_entropy(eye, x, labels, reduction=reduction, axis_name=axis_name, block_size=32)
 
     pairs = losses_and_gradients(logits, labels, one_hot, axis_name)
-    losses, pull = jax.vjp(partial(linear, reduction="none"), logits)
-    pairs["linear"] = losses, pull(jnp.ones_like(losses))[0]
+    pairs["linear"] = losses, _ = pull(partial(linear, reduction="none"), logits)
     pairs["linear, sum"] = losses, jax.grad(partial(linear, reduction="sum"))(logits)
     losses, gradients = ({name: pair[i] for name, pair in pairs.items()} for i in (0, 1))
     return (
@@ -144,13 +144,7 @@ def test_half_precision_logits(dtype, classes):
     chex.assert_type(jxent.cross_entropy(logits, labels), jnp.float32)
     upcast = logits.astype(np.float64)
     loss = -np.take_along_axis(oracle.log_softmax(upcast), labels[:, None], -1)[:, 0]
-
-    @optimized
-    def run(x):
-        value, vjp = jax.vjp(lambda x: jxent.cross_entropy(x, labels, reduction="none"), x)
-        return value, *vjp(jnp.ones_like(value))
-
-    value, gradient = run(logits)
+    value, gradient = optimized(partial(pull, lambda x: jxent.cross_entropy(x, labels, reduction="none")))(logits)
     assert worst(value, loss) < BOUND
     chex.assert_type(gradient, dtype)
     want = oracle.logit_gradient(upcast, labels)
@@ -169,12 +163,12 @@ def test_equal_logits(value):
 @pytest.mark.parametrize("classes", [2, 1000])
 def test_float64(classes):
     logits, labels = rows(classes, 0.0, np.float64)
-    value, vjp = jax.vjp(lambda x: jxent.cross_entropy(x, labels, reduction="none"), jnp.asarray(logits))
+    value, gradient = optimized(partial(pull, lambda x: jxent.cross_entropy(x, labels, reduction="none")))(logits)
     chex.assert_type(value, jnp.float64)
     loss = -np.take_along_axis(oracle.log_softmax(logits), labels[:, None], -1)[:, 0]
     # Half an ulp of 64 in float64 is 3.6e-15; as above, with the oracle's own rounding.
     assert worst(value, loss) < 2e-14
-    assert worst(vjp(jnp.ones_like(value))[0], oracle.logit_gradient(logits, labels)) < 2e-14
+    assert worst(gradient, oracle.logit_gradient(logits, labels)) < 2e-14
 
 
 @pytest.mark.covering("index-{'label_smoothing': 0.1}-1000")
@@ -199,7 +193,8 @@ def test_sums_of_positive_terms(kind, options, classes):
     if kind == "probabilities":
         labels = rng.dirichlet(np.full(classes, 0.3), len(labels)).astype(np.float32)
     want = oracle.cross_entropy(logits, labels, reduction="none", **options)
-    assert worst(jxent.cross_entropy(logits, labels, reduction="none", **options), want) < BOUND
+    loss = optimized(partial(jxent.cross_entropy, reduction="none", **options))
+    assert worst(loss(logits, labels), want) < BOUND
 
 
 @pytest.mark.parametrize("margin", [5.0, 20.0, 40.0])
