@@ -383,7 +383,18 @@ def test_export(name):
     assert_close(exported.call(floats, rest), f(floats, rest), ulps=8)
 
 
-@pytest.mark.parametrize("name", ["softmax", "nll_loss-index", "cross_entropy-smooth-index"])
+# The check that checkify asks for is an effect of the program, and JAX serializes no effect that has arguments.
+unserializable = pytest.mark.xfail(raises=NotImplementedError, strict=True, reason="the check of labels is an effect")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "softmax",
+        pytest.param("nll_loss-index", marks=unserializable),
+        pytest.param("cross_entropy-smooth-index", marks=unserializable),
+    ],
+)
 def test_export_by_bytes(name):
     """Serialized and read again; the gradient is exported along, and what is read can be differentiated."""
     floats, rest = inputs(name)
