@@ -31,6 +31,25 @@ def test_nothing_private_of_jax(source):
     assert not [name for name in used if any(part.startswith("_") for part in name.split(".")) or "jaxlib" in name]
 
 
+BELOW = {  # what each part of the package may import besides itself; the public modules, nothing of each other
+    "_core": set(),
+    "_sweep": {"_core"},
+    "_mesh": {"_core", "_sweep"},
+    "_linear_rules": {"_core", "_sweep", "_mesh"},
+    "_loss": {"_core"},
+}
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_imports_point_down(source):
+    part = source.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    allowed = BELOW.get(part, set(BELOW)) | {part}
+    tree = ast.parse(source.read_text(encoding="utf-8"))
+    modules = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
+    parts = {module.split(".")[1] for module in modules if module.startswith("jxent.")}
+    assert part == "__init__" or parts <= allowed
+
+
 def test_import_touches_no_device():
     """How many devices a CPU has can be set after the import, which JAX refuses once it has looked for devices."""
     program = "import jax, jxent; jax.config.update('jax_num_cpu_devices', 3); print(jax.device_count())"
