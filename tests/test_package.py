@@ -11,10 +11,11 @@ import pytest
 
 import jxent
 
-SOURCES = sorted(pathlib.Path(jxent.__file__).parent.rglob("*.py"))
+PACKAGE = pathlib.Path(jxent.__file__).parent
+SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
 def test_nothing_private_of_jax(source):
     """Neither modules that JAX does not document, nor names with an underscore in those that it does."""
     tree = ast.parse(source.read_text(encoding="utf-8"))
@@ -28,6 +29,25 @@ def test_nothing_private_of_jax(source):
         if isinstance(node, ast.Attribute) and ast.unparse(node).split(".")[0] in of_jax:
             used.append(ast.unparse(node))
     assert not [name for name in used if any(part.startswith("_") for part in name.split(".")) or "jaxlib" in name]
+
+
+BELOW = {  # what each part of the package may import besides itself; the public modules, nothing of each other
+    "_core": set(),
+    "_sweep": {"_core"},
+    "_mesh": {"_core", "_sweep"},
+    "_linear_rules": {"_core", "_sweep", "_mesh"},
+    "_loss": {"_core"},
+}
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_imports_point_down(source):
+    """As docs/design.md says; `jxent/__init__.py` alone imports the public modules."""
+    part = source.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    tree = ast.parse(source.read_text(encoding="utf-8"))
+    modules = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
+    imported = {module.split(".")[1] for module in modules if module.startswith("jxent.")}
+    assert part == "__init__" or imported <= BELOW.get(part, set(BELOW)) | {part}
 
 
 def test_import_touches_no_device():

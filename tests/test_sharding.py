@@ -442,6 +442,32 @@ def test_positions_on_a_mesh_of_the_caller(mode, name):
 
 
 @pytest.mark.parametrize("mode", ["Auto", "Explicit"])
+def test_a_16_bit_bias_gradient_is_rounded_once(mode):
+    """After the sum over devices. Their shares are larger than it here, and so would be the errors of rounding them."""
+    rng = np.random.default_rng(0)
+    hidden, kernel = rng.normal(size=(8, 4, 3)).astype(np.float32), rng.normal(size=(3, 64)).astype(np.float32)
+    labels, weights = rng.integers(0, 64, (8, 4)).astype(np.int32), np.ones((8, 4), np.float32)
+    hidden[1::2], labels[1::2], weights[1::2] = 1.1 * hidden[::2], labels[::2], -1  # nearly the same again, taken off
+
+    def loss(bias, hidden, kernel, labels, weights):
+        return jxent.linear_cross_entropy(
+            hidden, kernel, labels, bias=bias, sample_weight=weights, reduction="sum", recompute=True
+        )
+
+    gradient = jax.jit(jax.grad(loss))
+    exact = np.asarray(gradient(jnp.zeros(64), hidden, kernel, labels, weights))
+    mesh = mesh_of(mode, data=8)
+    arrays = zip(
+        (jnp.zeros(64, jnp.bfloat16), kernel, hidden, labels, weights), (P(), P(), *[P("data")] * 3), strict=True
+    )
+    bias, kernel, *positional = (put(mesh, array, spec) for array, spec in arrays)
+    rounded = gradient(bias, positional[0], kernel, *positional[1:])
+    chex.assert_type(rounded, jnp.bfloat16)
+    error = np.abs(np.asarray(rounded, np.float32) - exact)
+    assert (error <= 2**-8 * np.abs(exact) + 1e-6).all()  # half a unit in the last place, and sums in another order
+
+
+@pytest.mark.parametrize("mode", ["Auto", "Explicit"])
 def test_contexts_of_the_trace(mode):
     """What the program is made of is said where it is traced: lowering and compiling may come later, outside of it."""
     mesh = mesh_of(mode, data=4, vocab=2)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jxent._core.costs import CostInputs, Form, steepness
-from jxent._core.passes import apart, barrier, on_cpu
+from jxent._core.passes import apart, barrier, compute_dtype, on_cpu
 from jxent._core.rule import costs_bwd, costs_fwd
 from jxent._core.shards import cast, varying
 from jxent._core.weights import only
@@ -98,9 +98,14 @@ def _block(sweep, asked, room, inputs, coefficients):
 # --- all of them ------------------------------------------------------------------------------------------------------
 
 
-def _storable(dtype):
-    """The dtype to keep a gradient in until its factor is known; that of float16 might not fit into float16."""
-    return jnp.dtype(jnp.float32) if dtype == jnp.float16 else dtype
+def _storable(name, dtype):
+    """The dtype to keep a gradient in until its factor is known.
+
+    That of float16 might not fit into float16. Those of `bias` and `class_weight` are small, and stay as they were
+    summed, because they may be summed over devices yet.
+    """
+    wide = dtype == jnp.float16 or name in ("bias", "class_weight")
+    return compute_dtype(dtype) if wide else dtype
 
 
 def _float16_scale(coefficients, class_weight):
@@ -141,7 +146,7 @@ def _swept(sweep, asked, cpu, inputs, coefficients):
     def finished(name, grad):
         # While it is float32 still.
         grad = grad if scale is None else grad * scale
-        return grad.astype(_storable(getattr(inputs, name).dtype))
+        return grad.astype(_storable(name, getattr(inputs, name).dtype))
 
     def block(i):
         """((what each position has, its gradients included), the gradients of what all blocks share)."""
