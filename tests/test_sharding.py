@@ -467,6 +467,18 @@ def test_a_16_bit_bias_gradient_is_rounded_once(mode):
     assert (error <= 2**-8 * np.abs(exact) + 1e-6).all()  # half a unit in the last place, and sums in another order
 
 
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("mode", ["Auto", "Explicit"])
+def test_prediction_in_float64(mode):
+    """The compiler's threads, which lower the program of a device, do not know that float64 is switched on here."""
+    rng = np.random.default_rng(1)
+    hidden, kernel, labels = rng.normal(size=(8, 2, 3)), rng.normal(size=(3, 8)), np.zeros((8, 2), np.int32)
+    mesh = mesh_of(mode, data=8)
+    arrays = put(mesh, hidden, P("data")), put(mesh, kernel, P()), put(mesh, labels, P("data"))
+    _, stats = jax.jit(partial(jxent.linear_cross_entropy, return_stats=True))(*arrays)
+    np.testing.assert_array_equal(stats.prediction, np.argmax(hidden @ kernel, -1))
+
+
 @pytest.mark.parametrize("mode", ["Auto", "Explicit"])
 def test_contexts_of_the_trace(mode):
     """What the program is made of is said where it is traced: lowering and compiling may come later, outside of it."""

@@ -93,13 +93,30 @@ def _stats(form, inputs, passes, known, label_cost):
 
 def _prediction(form, logits, first):
     """The first class with the largest logit, or the first whose logit is NaN."""
-    here = jnp.expand_dims(lax.argmax(logits, form.axis, jnp.int32), form.axis)
+    here = jnp.expand_dims(_argmax(lax.stop_gradient(logits), form.axis), form.axis)
     if first is None:
         return here
     value = lax.stop_gradient(pick(logits, here, form.axis))
     value = jnp.where(jnp.isnan(value), jnp.inf, value)
     best = value == largest(value, form.shards.axis_name)
     return smallest(jnp.where(best, here + first, jnp.iinfo(jnp.int32).max), form.shards.axis_name)
+
+
+def _argmax(logits, axis):
+    """The first index of the largest value, or of NaN.
+
+    `lax.argmax` makes its reduction when it is lowered. Within `custom_partitioning` that is done by a thread of the
+    compiler's, which does not know whether float64 is switched on where the loss was traced.
+    """
+
+    def first_largest(a, b):
+        (x, i), (y, j) = a, b
+        take_x = (x > y) | (x != x)
+        return jnp.where(take_x, x, y), jnp.where(take_x | ((x == y) & (i < j)), i, j)
+
+    indices = sharded_like(lax.broadcasted_iota(jnp.int32, logits.shape, axis), logits)
+    initial = jnp.array(-jnp.inf, logits.dtype), jnp.array(0, jnp.int32)
+    return lax.reduce((logits, indices), initial, first_largest, (axis,))[1]
 
 
 def costs_bwd(form, residuals, cotangents):
