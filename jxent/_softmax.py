@@ -170,6 +170,12 @@ def _normalizer(classes, logits):
     return row.log_normalizer, _Residuals(logits, row.top, row.log_z)
 
 
+def _mapped(term, classes, logits):
+    """(the array of a term, in the logits' dtype, and `_Residuals`)."""
+    _, residuals = _normalizer(classes, logits)
+    return residuals.passes(classes).map(term).astype(logits.dtype), residuals
+
+
 # --- logsumexp: d / dx[j] = p[j] --------------------------------------------------------------------------------------
 
 
@@ -205,8 +211,7 @@ def _softmax(classes, logits):
 
 
 def _softmax_fwd(classes, logits):
-    _, residuals = _normalizer(classes, logits)
-    return residuals.passes(classes).map(lambda c: c.p).astype(logits.dtype), residuals
+    return _mapped(lambda c: c.p, classes, logits)
 
 
 def _softmax_bwd(classes, residuals, cotangent):
@@ -232,8 +237,7 @@ def _log_softmax(classes, logits):
 
 
 def _log_softmax_fwd(classes, logits):
-    _, residuals = _normalizer(classes, logits)
-    return residuals.passes(classes).map(lambda c: c.log_p).astype(logits.dtype), residuals
+    return _mapped(lambda c: c.log_p, classes, logits)
 
 
 def _log_softmax_bwd(classes, residuals, cotangent):
