@@ -112,7 +112,8 @@ def _argmax(logits, axis):
     def first_largest(a, b):
         (x, i), (y, j) = a, b
         take_x = (x > y) | (x != x)
-        return jnp.where(take_x, x, y), jnp.where(take_x | ((x == y) & (i < j)), i, j)
+        # `jnp.where` would be a call within the reduction, for which XLA:CPU has ended the process.
+        return lax.select(take_x, x, y), lax.select(take_x | ((x == y) & (i < j)), i, j)
 
     indices = sharded_like(lax.broadcasted_iota(jnp.int32, logits.shape, axis), logits)
     initial = jnp.array(-jnp.inf, logits.dtype), jnp.array(0, jnp.int32)
