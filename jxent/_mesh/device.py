@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec
 from jxent._core.passes import on_cpu
 from jxent._core.shards import Shards, by_compiler, first_class, total
 from jxent._mesh.layout import dimensions, result_dimensions
-from jxent._sweep.sweep import swept
+from jxent._sweep.sweep import swept, swept_shapes
 
 
 def on_each_device(sweep, asked, sizes, plan, inputs, coefficients):
@@ -65,4 +65,4 @@ def all_dimensions(sweep, asked, inputs, coefficients):
     """The dimensions of (arguments, results) of `swept`, as of `layout`."""
     arguments = dimensions(sweep.vocab_axis, inputs, coefficients)
     arrays = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (inputs, coefficients))
-    return arguments, result_dimensions(arguments, *jax.eval_shape(partial(swept, sweep, asked), *arrays))
+    return arguments, result_dimensions(arguments, *swept_shapes(sweep, asked, *arrays))

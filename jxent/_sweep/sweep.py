@@ -135,6 +135,11 @@ def swept(sweep, asked, inputs, coefficients) -> tuple[Swept, dict[str, Array]]:
     return on_cpu(partial(_swept, sweep, asked), inputs, coefficients)
 
 
+def swept_shapes(sweep, asked, inputs, coefficients):
+    """`swept`, but only the shapes and dtypes of what it returns, whatever the platform."""
+    return jax.eval_shape(partial(_swept, sweep, asked, True), inputs, coefficients)
+
+
 def _swept(sweep, asked, cpu, inputs, coefficients):
     shape, classes = inputs.hidden.shape[:-1], inputs.kernel.shape[sweep.vocab_axis]
     blocks = blocks_of(shape, sweep.block_size or default_block_size(cpu, asked, math.prod(shape), classes))
@@ -171,10 +176,12 @@ def _all_blocks(blocks, block):
     def zeros(leading, like):
         return jax.tree.map(lambda a: cast(jnp.zeros((*leading, *a.shape[len(leading) :]), a.dtype), varying(a)), like)
 
+    traced_once = jax.jit(block, inline=True)  # for the shapes and for the loop
+
     def step(i, carry):
-        each, sums = block(i)
+        each, sums = traced_once(i)
         each = jax.tree.map(partial(put, blocks, i), carry[0], each)
         return each, jax.tree.map(jnp.add, carry[1], sums)
 
-    each, sums = jax.eval_shape(block, 0)
+    each, sums = jax.eval_shape(traced_once, 0)
     return lax.fori_loop(0, blocks.number, step, (zeros(blocks.shape, each), zeros((), sums)))
