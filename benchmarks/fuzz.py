@@ -22,6 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests"))
+import oracle
 import random_calls as calls
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -66,8 +67,8 @@ def judged(config, seed, cases):
     """[(number of cases, name -> fraction of the bound)]: in float64 arithmetic, and with 50 digits for some."""
     few = max(1, min(cases, 300 // (config.number * config.classes)))
     found = []
-    for number, arithmetic in ((cases, calls.Float64), (few, calls.Digits)):
-        if arithmetic is calls.Digits or config.dtype != "float64":
+    for number, arithmetic in ((cases, oracle.Float64), (few, oracle.Digits)):
+        if arithmetic is oracle.Digits or config.dtype != "float64":
             values = calls.draw(config, np.random.default_rng(seed), number)
             want = calls.expected(config, values, arithmetic)
             found.append((number, calls.judge(config, values, calls.run(config, values), want)))

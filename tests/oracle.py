@@ -1,44 +1,91 @@
-"""The losses in float64 NumPy, written from the definitions; imports nothing from jxent.
+"""The losses from their definitions, in float64 NumPy or with 50 digits; imports nothing from jxent.
 
-The class axis is the last one here. `log_softmax` leaves the largest entry out of its sum, which makes float64 more
-than exact enough to judge float32; the rest is written for clarity.
+The class axis is the last one here. The largest entry is left out of the sum of exponentials, which makes float64 more
+than exact enough to judge float32; the rest is written for clarity. With `arithmetic=Digits` everything has 50 digits,
+inside `mpmath.workdps(50)`, in arrays of objects. reference.py has the same losses for JAX to differentiate.
 """
 
+from typing import NamedTuple
+
+import mpmath
 import numpy as np
 
 
+class Float64:
+    """Arithmetic enough to judge float32."""
+
+    exp, log1p, expm1, tanh, cosh = np.exp, np.log1p, np.expm1, np.tanh, np.cosh
+
+    @staticmethod
+    def array(values):
+        return np.asarray(values, np.float64)
+
+
+class Digits:
+    """The same with as many digits as mpmath has at work."""
+
+    exp, log1p, expm1 = (np.frompyfunc(f, 1, 1) for f in (mpmath.exp, mpmath.log1p, mpmath.expm1))
+    tanh, cosh = (np.frompyfunc(f, 1, 1) for f in (mpmath.tanh, mpmath.cosh))
+    array = staticmethod(
+        np.vectorize(lambda v: v if isinstance(v, mpmath.mpf) else mpmath.mpf(float(v)), otypes=[object])
+    )
+
+
+def normalized(logits, arithmetic=Float64):
+    """(log p, the maximum m, log of the sum of exp(logits - m)), the last two without the class axis."""
+    a = arithmetic
+    x = a.array(logits)
+    index = np.argmax(x, -1)[..., None]
+    top = np.take_along_axis(x, index, -1)
+    top = np.where(top == -np.inf, 0 * a.array(1), top)
+    terms = a.exp(x - top)
+    np.put_along_axis(terms, index, a.array(0), -1)
+    log_z = a.log1p(np.sum(terms, -1, keepdims=True))
+    return (x - top) - log_z, top[..., 0], log_z[..., 0]
+
+
 def log_softmax(logits):
-    x = np.asarray(logits, np.float64)
-    top = np.argmax(x, -1)[..., None]
-    m = np.take_along_axis(x, top, -1)
-    m = np.where(np.isneginf(m), 0, m)
-    terms = np.exp(x - m)
-    np.put_along_axis(terms, top, 0, -1)
-    return (x - m) - np.log1p(terms.sum(-1, keepdims=True))
+    return normalized(logits)[0]
 
 
 def logsumexp(logits):
-    x = np.asarray(logits, np.float64)
-    m = x.max(-1, keepdims=True)
-    return (m + np.log(np.exp(x - m).sum(-1, keepdims=True)))[..., 0]
+    _, top, log_z = normalized(logits)
+    return top + log_z
 
 
-def softcap(logits, cap):
-    x = np.asarray(logits, np.float64)
-    return x if cap is None else np.where(np.isneginf(x), x, cap * np.tanh(x / cap))
+def softcap(logits, cap, arithmetic=Float64):
+    x = arithmetic.array(logits)
+    masked = x == -np.inf
+    return x if cap is None else np.where(masked, x, cap * arithmetic.tanh(np.where(masked, 0 * cap, x) / cap))
 
 
 def times(weight, cost):
     """weight * cost, where a weight of 0 makes 0 of any cost."""
-    with np.errstate(invalid="ignore"):
-        return np.where(weight == 0, 0, weight * cost)
+    return np.where(weight == 0, 0 * weight, weight * np.where(weight == 0, 0 * weight, cost))
 
 
 def one_hot(labels, classes):
     return (np.asarray(labels)[..., None] == np.arange(classes)).astype(np.float64)
 
 
-def position_losses(
+class Terms(NamedTuple):
+    """What the losses of positions are made of; those that do not count have logits, labels and weights of 0."""
+
+    keep: np.ndarray  # whether a position counts
+    logits: np.ndarray
+    masked: np.ndarray  # whether a class is, by a logit of -inf
+    log_p: np.ndarray
+    top: np.ndarray  # the maximum, and the rest of the log-normalizer
+    log_z: np.ndarray
+    q: np.ndarray  # the labels' probabilities
+    class_weight: np.ndarray
+    share: np.ndarray  # of the cost of each class, before its weight
+    sample_weight: np.ndarray
+    loss: np.ndarray  # before the sample weight, as is
+    weight: np.ndarray  # the share of the mean's denominator
+
+
+def terms(
     logits,
     labels,
     *,
@@ -49,28 +96,38 @@ def position_losses(
     label_smoothing=0.0,
     z_loss_weight=0.0,
     logit_softcap=None,
+    log_probs=False,
+    arithmetic=Float64,
 ):
-    """(loss, weight) of each position, the weight being its share of the mean's denominator; 0 where it counts not."""
-    logits = softcap(logits, logit_softcap)
-    classes, positions = logits.shape[-1], logits.shape[:-1]
-    w = np.ones(classes) if class_weight is None else np.asarray(class_weight, np.float64)
-    s = np.broadcast_to(1.0 if sample_weight is None else np.asarray(sample_weight, np.float64), positions)
+    """With `log_probs` they are what `logits` holds, as in `nll_loss`."""
+    a = arithmetic
+    x, labels = a.array(logits), np.asarray(labels)
+    *positions, classes = x.shape
+    index = np.issubdtype(labels.dtype, np.integer)
     keep = np.broadcast_to(True if where is None else where, positions)
-    labels = np.asarray(labels)
-    if np.issubdtype(labels.dtype, np.integer):
-        keep = keep & (labels != ignore_index)
-        q, weight = one_hot(labels, classes), w[np.where(keep, labels, 0)]
-    else:
-        q, weight = np.asarray(labels, np.float64), np.ones(positions)
-    present = ~np.isneginf(logits)
-    logits = np.where(keep[..., None], logits, 0.0)
-    cost = -log_softmax(logits)
-    present = np.where(keep[..., None], present, True)
-    loss = (1 - label_smoothing) * times(q * w, cost).sum(-1)
-    loss = loss + label_smoothing * times(present * w, cost).sum(-1) / present.sum(-1)
-    if z_loss_weight:
-        loss = loss + z_loss_weight * logsumexp(logits) ** 2
-    return np.where(keep, s * loss, 0), np.where(keep, s * weight, 0)
+    keep = keep & (labels != ignore_index) if index else keep
+    counts, zero = keep[..., None], 0 * a.array(1)
+    x = np.where(counts, x, zero)
+    q = a.array(np.where(counts, one_hot(labels, classes) if index else labels, 0))
+    w = a.array(np.ones(classes) if class_weight is None else class_weight)
+    s = a.array(np.where(keep, 1 if sample_weight is None else sample_weight, 0))
+
+    masked = x == -np.inf
+    x_capped = softcap(x, logit_softcap, a)
+    log_p, top, log_z = (x, zero, zero) if log_probs else normalized(x_capped, a)
+    present = a.array(~masked)
+    uniform = present / np.sum(present, -1, keepdims=True) * a.array(counts)
+    share = (a.array(1) - label_smoothing) * q + label_smoothing * uniform
+    loss = np.sum(times(w * share, -log_p), -1) + z_loss_weight * (top + log_z) ** 2 * a.array(keep)
+    weight = np.sum(w * q, -1) if index else a.array(keep)
+    return Terms(keep, x, masked, log_p, top, log_z, q, w, share, s, loss, weight)
+
+
+def position_losses(logits, labels, **options):
+    """(loss, weight) of each position, the weight being its share of the mean's denominator; 0 where it counts not."""
+    with np.errstate(invalid="ignore"):
+        t = terms(logits, labels, **options)
+        return times(t.sample_weight, t.loss), t.sample_weight * t.weight
 
 
 def cross_entropy(logits, labels, *, reduction="mean", **options):

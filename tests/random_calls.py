@@ -1,8 +1,8 @@
 """Random calls of the losses, judged in float64 or with 50 digits: for test_properties.py and benchmarks/fuzz.py.
 
 A `Config` is what a compiled program is made for: function, shapes, dtypes, options. `draw` fills it with values, some
-of them hostile; `run` takes the loss, the statistics and every gradient; `expected` has the same from the definitions;
-`judge` compares. Cases come in batches, one leading axis (`jax.vmap`), so that a program serves many.
+of them hostile; `run` takes the loss, the statistics and every gradient; `expected` has the same from the definitions
+of oracle.py; `judge` compares. Cases come in batches, one leading axis (`jax.vmap`), so that a program serves many.
 
 An error is relative to the sum of the magnitudes of the terms that make a quantity up, in the better of its two forms:
 V p[j] - a[j] or V (p[j] - 1) + sum over k != j of a[k], where V is the sum of the label weights a. So nothing is asked
@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import mpmath
 import numpy as np
+import oracle
 from jax.sharding import reshard
 
 import jxent
@@ -208,24 +209,6 @@ def named(config, value, stats, gradients):
 # --- the definitions --------------------------------------------------------------------------------------------------
 
 
-class Float64:
-    """Arithmetic of the oracle: enough for float32, as no form below cancels more than the judged one."""
-
-    exp, log1p, expm1, tanh, cosh = np.exp, np.log1p, np.expm1, np.tanh, np.cosh
-
-    @staticmethod
-    def array(values):
-        return np.asarray(values, np.float64)
-
-
-class Digits:
-    """The same with 50 digits."""
-
-    exp, log1p, expm1 = (np.frompyfunc(f, 1, 1) for f in (mpmath.exp, mpmath.log1p, mpmath.expm1))
-    tanh, cosh = (np.frompyfunc(f, 1, 1) for f in (mpmath.tanh, mpmath.cosh))
-    array = staticmethod(np.vectorize(lambda v: mpmath.mpf(float(v)), otypes=[object]))
-
-
 class Expected(NamedTuple):
     value: np.ndarray  # float64
     scale: np.ndarray  # the magnitude that errors are relative to
@@ -234,7 +217,7 @@ class Expected(NamedTuple):
 
 
 @mpmath.workdps(50)
-def expected(config, values, arithmetic=Float64):
+def expected(config, values, arithmetic=oracle.Float64):
     """Name -> `Expected`, for the names of `run`."""
     with np.errstate(all="ignore"):
         return _expected(config, values, arithmetic)
@@ -253,33 +236,31 @@ def _expected(config, values, a):
     else:
         logits = values["logits"].astype(np.float64)
         subnormal = np.abs(logits) < tiny(config)  # which XLA takes for 0
-        x = a.array(np.where(keep[..., None] & ~subnormal, logits, 0))
-    b, n, c = x.shape
-    w = a.array(values["class_weight"] if config.class_weight else np.ones((b, c)))[:, None]
-    s = a.array(np.where(keep, values["sample_weight"] if config.sample_weight else np.ones((b, n)), 0))
-    g = a.array(values["cotangent"] if config.reduction == "none" else np.repeat(values["cotangent"][:, :1], n, 1))
-    masked = x == -np.inf
-    q = values["labels"]
-    q = q if config.probabilities else np.where(keep, q, 0)[..., None] == np.arange(c)
-    q = a.array(q) * k[..., None]
-
-    cap = config.logit_softcap
-    u = None if cap is None else np.where(masked, 0 * one, x) / cap
-    y = x if cap is None else np.where(masked, x, cap * a.tanh(u))
-    log_p, top, log_z = _log_probs(config, y, a)
-    p = a.exp(log_p)
-    cost = -log_p
+        x = a.array(np.where(subnormal, 0, logits))
+    b, n, _ = x.shape
     eps, z = _as_held(config, config.label_smoothing), _as_held(config, config.z_loss_weight)
-    present = a.array(~masked)
-    uniform = present / np.sum(present, -1, keepdims=True) * k[..., None]
-    share = (one - eps) * q + eps * uniform  # of each class's cost, but for its weight
+    t = oracle.terms(
+        x,
+        values["labels"],
+        class_weight=values["class_weight"][:, None] if config.class_weight else None,
+        sample_weight=values.get("sample_weight"),
+        where=values.get("where"),
+        label_smoothing=eps,
+        z_loss_weight=z,
+        logit_softcap=config.logit_softcap,
+        log_probs=config.function == "nll_loss",
+        arithmetic=a,
+    )
+    x, masked, log_p, q, w, share, s = t.logits, t.masked, t.log_p, t.q, t.class_weight, t.share, t.sample_weight
+    g = a.array(values["cotangent"] if config.reduction == "none" else np.repeat(values["cotangent"][:, :1], n, 1))
+    u = None if config.logit_softcap is None else np.where(masked, 0 * one, x) / config.logit_softcap
+    p, cost = a.exp(log_p), -log_p
     label_weight = w * share
-    lse = top + log_z
-    unweighted = np.sum(_times(label_weight, cost), -1) + z * lse * lse * k
-    lse_scale = abs(top) + log_z
+    lse, unweighted = t.top + t.log_z, t.loss
+    lse_scale = abs(t.top) + t.log_z
     unweighted_scale = unweighted + 2 * z * abs(lse) * lse_scale * k
-    loss, loss_scale = _times(s, unweighted), _times(s, unweighted_scale)
-    of_weight = k if config.probabilities else np.sum(w * q, -1)
+    loss, loss_scale = oracle.times(s, unweighted), oracle.times(s, unweighted_scale)
+    of_weight = t.weight
     weight = s * of_weight
     total = np.sum(weight, -1, keepdims=True)
     divisor = np.where(total == 0, a.array(np.nan), total)  # the mean of nothing
@@ -299,10 +280,10 @@ def _expected(config, values, a):
         by = divisor if mean else one
         add("loss", np.sum(loss, -1, keepdims=True) / by, np.sum(loss_scale, -1, keepdims=True) / by)
     if config.function != "nll_loss":
-        log_prob = np.sum(_times(q, cost), -1)
+        log_prob = np.sum(oracle.times(q, cost), -1)
         add("log_prob", -log_prob, log_prob)
         add("log_normalizer", np.where(keep, lse, 0 * one), np.where(keep, lse_scale, 0 * one))
-        entropy = np.sum(_times(p, cost), -1) * k
+        entropy = np.sum(oracle.times(p, cost), -1) * k
         add("entropy", entropy, entropy, lost=50 * config.classes * least)
         add("weight", total, total)
         found["prediction"] = Expected(np.where(keep, np.argmax(x, -1), np.iinfo(np.int32).min), np.zeros((b, n)))
@@ -347,7 +328,7 @@ def _expected(config, values, a):
             ds, scale = ds - per * lost * of_weight, scale + abs(per * lost) * of_weight
         add("d sample_weight", ds, scale)
     if config.class_weight:
-        terms = ks * _times(share, cost)
+        terms = ks * oracle.times(share, cost)
         dw, scale = np.sum(terms, 1), np.sum(abs(terms), 1)
         if mean and not config.probabilities:
             taken = np.sum((per * s * lost)[..., None] * q, 1)
@@ -356,28 +337,11 @@ def _expected(config, values, a):
     return found
 
 
-def _log_probs(config, y, a):
-    """(log p, the maximum, log of the sum of exp(y - m))."""
-    if config.function == "nll_loss":
-        zero = 0 * y[..., 0]
-        return y, zero, zero
-    index = np.argmax(y, -1)[..., None]
-    top = np.take_along_axis(y, index, -1)
-    terms = a.exp(y - top)
-    np.put_along_axis(terms, index, a.array(0.0), -1)
-    log_z = a.log1p(np.sum(terms, -1, keepdims=True))
-    return (y - top) - log_z, top[..., 0], log_z[..., 0]
-
-
 def _others(terms):
     """For each class the sum of the other classes' terms, none of which is taken off again."""
     zero = 0 * terms[..., :1]
     before = np.cumsum(np.concatenate([zero, terms[..., :-1]], -1), -1)
     return before + np.cumsum(np.concatenate([zero, terms[..., :0:-1]], -1), -1)[..., ::-1]
-
-
-def _times(weight, cost):
-    return np.where(weight == 0, 0 * weight, weight * np.where(weight == 0, 0 * weight, cost))
 
 
 def _matmul(left, right):

@@ -467,6 +467,7 @@ TRANSFORMED = {
 }
 
 
+@pytest.mark.covering("next_token_labels-tokens-scalar-eager")
 @pytest.mark.parametrize("how", TRANSFORMED)
 @rows()
 def test_raises(row, how):
@@ -610,6 +611,7 @@ def assert_bad_row_alone(run, dtype, reduction):
         np.testing.assert_array_equal(gradient[others], expected_gradient[others])
 
 
+@pytest.mark.covering("cross_entropy-plain-none")
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize(("function", "options"), OPTION_SETS)
 def test_label_out_of_range_is_nan_in_its_row_alone(function, options, reduction):
@@ -640,19 +642,6 @@ def test_label_out_of_range_beside_a_masked_class(function):
     assert np.isfinite(np.delete(gradient, BAD, 0)).all()
 
 
-def test_label_out_of_range_in_stats():
-    """The label's log-probability is NaN, what other positions report is as ever, and the prediction needs no label."""
-    run = jax.jit(partial(jxent.cross_entropy, return_stats=True))
-    _, expected = run(LOGITS, with_label(C - 1, "int32"))
-    _, stats = run(LOGITS, with_label(C, "int32"))
-    assert np.isnan(stats.log_prob[BAD])
-    others = np.arange(N) != BAD
-    for name in ("log_prob", "log_normalizer", "entropy", "prediction"):
-        np.testing.assert_array_equal(getattr(stats, name)[others], getattr(expected, name)[others])
-    np.testing.assert_array_equal(stats.prediction, expected.prediction)
-    assert stats.weight == expected.weight == N
-
-
 def test_label_out_of_range_of_a_shared_kernel():
     """Every position's logits are of the one kernel, so a bad label makes all of its gradient NaN."""
     run = jax.jit(jax.grad(jxent.linear_cross_entropy, argnums=(0, 1)), static_argnames="block_size")
@@ -664,6 +653,7 @@ def test_label_out_of_range_of_a_shared_kernel():
     np.testing.assert_array_equal(np.isnan(gradient).all(1), np.arange(N) == BAD)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize(("function", "options"), OPTION_SETS)
 def test_excluded_positions_hold_any_label(function, options):
     run = loss_and_gradient(function, where=jnp.arange(N) != BAD, **OPTIONS[function][options])
@@ -676,6 +666,7 @@ def test_excluded_positions_hold_any_label(function, options):
         np.testing.assert_array_equal(gradient, expected_gradient)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize(
     ("function", "options", "ignored"),
     [
@@ -738,6 +729,7 @@ def assert_names_label(error, function, label):
         error.throw()
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize(
     ("function", "how"),
     [
@@ -753,6 +745,7 @@ def test_checkify_names_the_label(function, how):
     assert error.get() is None
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("dtype", [d for d in BAD_LABELS if d != "int64"])
 @pytest.mark.parametrize("function", LOSSES)
 def test_checkify_in_each_dtype(function, dtype):
@@ -769,6 +762,7 @@ def test_checkify_in_int64(function, x64):
         assert_names_label(run(LOGITS, with_label(label, "int64"))[0], function, label)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize(("function", "options"), OPTION_SETS)
 def test_checkify_with_each_option(function, options):
     run = jax.jit(checked(summed_loss(function, **OPTIONS[function][options])))

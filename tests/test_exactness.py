@@ -1,4 +1,4 @@
-"""Full relative precision of losses and gradients, at every margin and offset (design: "Exact").
+"""Full relative precision of losses and gradients, at every margin and offset (docs/numerics.md).
 
 The bound is 5e-6 for float32: x - m rounds to half an ulp of at most 64, which is 1.9e-6 of exp(x - m), and log p
 rounds likewise once more. A gradient element below float32's normal range is not judged.
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from compiling import optimized
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -46,24 +47,25 @@ def worst(got, want):
     return np.max(np.abs(got - want)[judged] / np.abs(want)[judged])
 
 
-@partial(jax.jit, static_argnames="axis_name")
+def pull(loss, logits):
+    """The losses of all positions, and the gradient of their sum."""
+    values, vjp = jax.vjp(loss, logits)
+    return values, vjp(jnp.ones_like(values))[0]
+
+
 def losses_and_gradients(logits, labels, one_hot, axis_name=None):
     options = {"reduction": "none", "axis_name": axis_name}
 
-    def pull(loss):
-        values, vjp = jax.vjp(loss, logits)
-        return values, vjp(jnp.ones_like(values))[0]
-
-    return {
-        "index labels": pull(lambda x: jxent.cross_entropy(x, labels, **options)),
-        "index labels, with stats": pull(lambda x: jxent.cross_entropy(x, labels, return_stats=True, **options)[0]),
-        "one-hot labels": pull(lambda x: jxent.cross_entropy(x, one_hot, **options)),
-        "log_softmax, nll_loss": pull(
-            lambda x: jxent.nll_loss(jxent.log_softmax(x, axis_name=axis_name), labels, **options)
-        ),
+    losses = {
+        "index labels": lambda x: jxent.cross_entropy(x, labels, **options),
+        "index labels, with stats": lambda x: jxent.cross_entropy(x, labels, return_stats=True, **options)[0],
+        "one-hot labels": lambda x: jxent.cross_entropy(x, one_hot, **options),
+        "log_softmax, nll_loss": lambda x: jxent.nll_loss(jxent.log_softmax(x, axis_name=axis_name), labels, **options),
     }
+    return {name: pull(loss, logits) for name, loss in losses.items()}
 
 
+@pytest.mark.covering("10-50.0")
 @pytest.mark.parametrize("offset", OFFSETS)
 @pytest.mark.parametrize("classes", CLASSES)
 def test_float32(classes, offset):
@@ -71,15 +73,16 @@ def test_float32(classes, offset):
     log_p = oracle.log_softmax(logits)
     loss = -np.take_along_axis(log_p, labels[:, None], -1)[:, 0]
     one_hot = oracle.one_hot(labels, classes).astype(np.float32)
-    for name, (value, gradient) in losses_and_gradients(logits, labels, one_hot).items():
+    for name, (value, gradient) in optimized(losses_and_gradients)(logits, labels, one_hot).items():
         assert worst(value, loss) < BOUND, name
         assert worst(gradient, oracle.logit_gradient(logits, labels)) < BOUND, name
-    assert worst(jxent.log_softmax(logits), log_p) < BOUND
-    assert worst(jxent.softmax(logits), np.exp(log_p)) < BOUND
-    chex.assert_trees_all_close(jxent.logsumexp(logits), oracle.logsumexp(logits).astype(np.float32), rtol=BOUND)
+    assert worst(optimized(jxent.log_softmax)(logits), log_p) < BOUND
+    assert worst(optimized(jxent.softmax)(logits), np.exp(log_p)) < BOUND
+    chex.assert_trees_all_close(
+        optimized(jxent.logsumexp)(logits), oracle.logsumexp(logits).astype(np.float32), rtol=BOUND
+    )
 
 
-@partial(jax.jit, static_argnames="axis_name")
 def everything(logits, labels, one_hot, axis_name=None):
     """(losses by name, gradients by name, log-probabilities, probabilities, log-normalizers)."""
 
@@ -88,8 +91,7 @@ def everything(logits, labels, one_hot, axis_name=None):
         return jxent.linear_cross_entropy(eye, x, labels, reduction=reduction, axis_name=axis_name, block_size=32)
 
     pairs = losses_and_gradients(logits, labels, one_hot, axis_name)
-    losses, pull = jax.vjp(partial(linear, reduction="none"), logits)
-    pairs["linear"] = losses, pull(jnp.ones_like(losses))[0]
+    pairs["linear"] = losses, _ = pull(partial(linear, reduction="none"), logits)
     pairs["linear, sum"] = losses, jax.grad(partial(linear, reduction="sum"))(logits)
     losses, gradients = ({name: pair[i] for name, pair in pairs.items()} for i in (0, 1))
     return (
@@ -99,6 +101,7 @@ def everything(logits, labels, one_hot, axis_name=None):
     )
 
 
+@pytest.mark.covering("shard_map-8")
 @pytest.mark.parametrize(
     ("way", "classes"), [("shard_map", 8), ("shard_map", 1000), ("Auto", 1000), ("Explicit", 1000)]
 )
@@ -115,9 +118,9 @@ def test_float32_on_shards(way, classes):
     if way == "shard_map":
         out = P(), specs[0], specs[0], specs[0], P()
         f = jax.shard_map(partial(everything, axis_name="vocab"), mesh=mesh, in_specs=specs, out_specs=out)
-        losses, gradients, log_p, p, log_normalizer = jax.jit(f)(*arrays)
+        losses, gradients, log_p, p, log_normalizer = optimized(f)(*arrays)
     else:
-        losses, gradients, log_p, p, log_normalizer = everything(*arrays)
+        losses, gradients, log_p, p, log_normalizer = optimized(everything)(*arrays)
 
     want = oracle.log_softmax(logits)
     loss, gradient = -np.take_along_axis(want, labels[:, None], -1)[:, 0], oracle.logit_gradient(logits, labels)
@@ -129,6 +132,7 @@ def test_float32_on_shards(way, classes):
     chex.assert_trees_all_close(log_normalizer, oracle.logsumexp(logits).astype(np.float32), rtol=BOUND)
 
 
+@pytest.mark.covering("bfloat16-3")
 @pytest.mark.parametrize("classes", [3, 1000, 50257])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_logits(dtype, classes):
@@ -137,9 +141,8 @@ def test_half_precision_logits(dtype, classes):
     chex.assert_type(jxent.cross_entropy(logits, labels), jnp.float32)
     upcast = logits.astype(np.float64)
     loss = -np.take_along_axis(oracle.log_softmax(upcast), labels[:, None], -1)[:, 0]
-    value, vjp = jax.vjp(lambda x: jxent.cross_entropy(x, labels, reduction="none"), jnp.asarray(logits))
+    value, gradient = optimized(partial(pull, lambda x: jxent.cross_entropy(x, labels, reduction="none")))(logits)
     assert worst(value, loss) < BOUND
-    (gradient,) = vjp(jnp.ones_like(value))
     chex.assert_type(gradient, dtype)
     want = oracle.logit_gradient(upcast, labels)
     half_ulp = float(jnp.finfo(dtype).eps) / 2 + BOUND
@@ -157,14 +160,15 @@ def test_equal_logits(value):
 @pytest.mark.parametrize("classes", [2, 1000])
 def test_float64(classes):
     logits, labels = rows(classes, 0.0, np.float64)
-    value, vjp = jax.vjp(lambda x: jxent.cross_entropy(x, labels, reduction="none"), jnp.asarray(logits))
+    value, gradient = optimized(partial(pull, lambda x: jxent.cross_entropy(x, labels, reduction="none")))(logits)
     chex.assert_type(value, jnp.float64)
     loss = -np.take_along_axis(oracle.log_softmax(logits), labels[:, None], -1)[:, 0]
     # Half an ulp of 64 in float64 is 3.6e-15; as above, with the oracle's own rounding.
     assert worst(value, loss) < 2e-14
-    assert worst(vjp(jnp.ones_like(value))[0], oracle.logit_gradient(logits, labels)) < 2e-14
+    assert worst(gradient, oracle.logit_gradient(logits, labels)) < 2e-14
 
 
+@pytest.mark.covering("index-{'label_smoothing': 0.1}-1000")
 @pytest.mark.parametrize("classes", [3, 1000])
 @pytest.mark.parametrize(
     "options",
@@ -186,7 +190,8 @@ def test_sums_of_positive_terms(kind, options, classes):
     if kind == "probabilities":
         labels = rng.dirichlet(np.full(classes, 0.3), len(labels)).astype(np.float32)
     want = oracle.cross_entropy(logits, labels, reduction="none", **options)
-    assert worst(jxent.cross_entropy(logits, labels, reduction="none", **options), want) < BOUND
+    loss = optimized(partial(jxent.cross_entropy, reduction="none", **options))
+    assert worst(loss(logits, labels), want) < BOUND
 
 
 @pytest.mark.parametrize("margin", [5.0, 20.0, 40.0])

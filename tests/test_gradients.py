@@ -1,4 +1,4 @@
-"""Every floating argument has its true gradient: against autodiff of the formula written plainly, in float64."""
+"""Every floating argument has its true gradient: against autodiff of the plain formulas of reference.py, in float64."""
 
 import itertools
 
@@ -6,32 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import reference
 
 import jxent
 
 N, D, C = 4, 2, 5
 pytestmark = pytest.mark.usefixtures("x64")
-
-
-def plain(logits, labels, class_weight, sample_weight, label_smoothing, z_loss_weight, *, where, softcap, reduction):
-    """The definition, without a thought to rounding, for autodiff to differentiate."""
-    if softcap is not None:
-        logits = softcap * jnp.tanh(logits / softcap)
-    log_z = jax.scipy.special.logsumexp(logits, -1, keepdims=True)
-    log_p = logits - log_z
-    if jnp.issubdtype(labels.dtype, jnp.integer):
-        keep = where & (labels != -100)
-        safe = jnp.where(keep, labels, 0)
-        q, weight = jax.nn.one_hot(safe, C, dtype=log_p.dtype), class_weight[safe]
-    else:
-        keep, q, weight = where, labels, jnp.ones(where.shape)
-    target = (1 - label_smoothing) * q + label_smoothing / C
-    loss = -(target * class_weight * log_p).sum(-1) + z_loss_weight * log_z[..., 0] ** 2
-    loss = jnp.where(keep, sample_weight * loss, 0)
-    if reduction == "none":
-        return loss
-    total = loss.sum()
-    return total / jnp.where(keep, sample_weight * weight, 0).sum() if reduction == "mean" else total
 
 
 def arguments(kind):
@@ -51,6 +31,7 @@ def arguments(kind):
     return [jnp.asarray(a) for a in arrays], jnp.asarray(where), jnp.asarray(rng.normal(size=(N, D)))
 
 
+@pytest.mark.covering("index-none-None")
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("kind", ["index", "probabilities"])
@@ -58,18 +39,17 @@ def test_cross_entropy(kind, reduction, softcap):
     args, where, cotangent = arguments(kind)
     wrt = [i for i in range(6) if not (i == 1 and kind == "index")]
 
-    def ours(*args):
-        names = ("class_weight", "sample_weight", "label_smoothing", "z_loss_weight")
-        options = dict(zip(names, args[2:], strict=True))
-        return jxent.cross_entropy(*args[:2], **options, where=where, logit_softcap=softcap, reduction=reduction)
+    def gradients(function):
+        def loss(logits, labels, *arrays):
+            names = ("class_weight", "sample_weight", "label_smoothing", "z_loss_weight")
+            options = dict(zip(names, arrays, strict=True)) | {"where": where, "reduction": reduction}
+            return function(logits, labels, logit_softcap=softcap, **options)
 
-    def theirs(*args):
-        return plain(*args, where=where, softcap=softcap, reduction=reduction)
+        return jax.jit(jax.grad(lambda *args: jnp.sum(loss(*args) * (cotangent if reduction == "none" else 1)), wrt))(
+            *args
+        )
 
-    def gradients(loss):
-        return jax.grad(lambda *args: jnp.sum(loss(*args) * (cotangent if reduction == "none" else 1)), wrt)(*args)
-
-    for i, got, want in zip(wrt, gradients(ours), gradients(theirs), strict=True):
+    for i, got, want in zip(wrt, *map(gradients, (jxent.cross_entropy, reference.cross_entropy)), strict=True):
         # A sum of some 40 terms of size 1, in float64.
         np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-14, err_msg=f"argument {i}")
 
@@ -80,22 +60,13 @@ def test_nll_loss(kind):
     log_p = jax.nn.log_softmax(logits)
     wrt = (0, 2, 3) if kind == "index" else (0, 1, 2, 3)
 
-    def ours(log_p, labels, class_weight, sample_weight):
-        return jxent.nll_loss(log_p, labels, class_weight=class_weight, sample_weight=sample_weight, where=where)
+    def gradients(function):
+        def loss(log_p, labels, class_weight, sample_weight):
+            return function(log_p, labels, class_weight=class_weight, sample_weight=sample_weight, where=where)
 
-    def theirs(log_p, labels, class_weight, sample_weight):
-        if kind == "index":
-            keep = where & (labels != -100)
-            safe = jnp.where(keep, labels, 0)
-            weight = class_weight[safe]
-            loss = -weight * jnp.take_along_axis(log_p, safe[..., None], -1)[..., 0]
-        else:
-            keep, weight, loss = where, 1.0, -(labels * class_weight * log_p).sum(-1)
-        weight = sample_weight * weight
-        return jnp.where(keep, sample_weight * loss, 0).sum() / jnp.where(keep, weight, 0).sum()
+        return jax.jit(jax.grad(loss, wrt))(log_p, labels, class_weight, sample_weight)
 
-    args = log_p, labels, class_weight, sample_weight
-    for got, want in zip(jax.grad(ours, wrt)(*args), jax.grad(theirs, wrt)(*args), strict=True):
+    for got, want in zip(*map(gradients, (jxent.nll_loss, reference.nll_loss)), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-14)
 
 
@@ -122,6 +93,7 @@ def test_a_class_without_probability(name):
     np.testing.assert_allclose(grad_weight, [0.75 * log_2, 0.75 * log_2, np.inf])
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("axis", [-1, 0, (0, 2), None])
 @pytest.mark.parametrize("name", ["logsumexp", "softmax", "log_softmax"])
 def test_softmax_family(name, axis):
@@ -138,6 +110,7 @@ def test_softmax_family(name, axis):
     np.testing.assert_allclose(pull(cotangent)[0], pull_want(cotangent)[0], rtol=1e-11, atol=1e-14)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("kind", ["index", "probabilities"])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_broadcast_sample_weight(kind, reduction):

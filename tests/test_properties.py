@@ -1,13 +1,13 @@
 """Properties of random calls: the definitions in float64 and with 50 digits, and identities that need no oracle.
 
-`HYPOTHESIS_PROFILE=long` draws a hundred times as many, anew each time; benchmarks/fuzz.py runs a million.
+conftest.py says how many: a few, with `--exhaustive` more, and with `HYPOTHESIS_PROFILE=long` a thousand, anew each
+time. benchmarks/fuzz.py runs a million.
 """
-
-import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import random_calls as calls
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,10 +16,6 @@ from jax.sharding import PartitionSpec as P
 from random_calls import Config
 
 import jxent
-
-settings.register_profile("ci", max_examples=10, deadline=None, derandomize=True)
-settings.register_profile("long", max_examples=1000, deadline=None)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 BOUND = 5e-6
 seeds = st.integers(0, 2**32 - 1)
@@ -59,7 +55,7 @@ def configs(draw, **fixed):
 def test_definitions(config, seed):
     """Loss, statistics and every gradient, against 50 digits for a few cases and float64 for more."""
     few, many = (3, 0) if config.dtype == "float64" else (1, 64)
-    for cases, arithmetic in ((few, calls.Digits), (many, calls.Float64)):
+    for cases, arithmetic in ((few, oracle.Digits), (many, oracle.Float64)):
         if cases:
             values = calls.draw(config, np.random.default_rng(seed), cases)
             worst = calls.judge(config, values, calls.run(config, values), calls.expected(config, values, arithmetic))
@@ -254,7 +250,7 @@ def test_sharding_changes_nothing(config, seed, spec, kind):
     with jax.enable_x64(config.dtype == "float64"):
         placed = {name: over(name, array) for name, array in values.items()}
         found = jax.device_get(calls.one(config, placed))
-    want = calls.expected(config, values, calls.Digits if config.dtype == "float64" else calls.Float64)
+    want = calls.expected(config, values, oracle.Digits if config.dtype == "float64" else oracle.Float64)
     got = calls.named(config, *jax.tree.map(lambda array: array[None], found))
     worst = calls.judge(config, values, {k: v.reshape(want[k].value.shape) for k, v in got.items()}, want)
     assert max(worst.values()) <= 1, worst

@@ -56,6 +56,7 @@ def assert_right(loss, rows, hidden, kernel, labels, bias=0.0, **options):
 # https://github.com/openxla/tokamax/blob/5f95bae539377b77eca2e6768149575e80853a2e/tokamax/_src/ops/linear_softmax_cross_entropy_loss/pallas_mosaic_tpu_kernel.py
 # https://github.com/verl-project/verl/issues/2899
 # The last tile of the vocabulary was filled up with columns of zeros, whose logits of 0 then counted as classes.
+@pytest.mark.covering
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("vocab", [VOCAB, 50257])
 @each_way
@@ -70,6 +71,7 @@ def test_pad_columns_are_no_classes(way, vocab):
 # With reduction="none" every gradient was multiplied by the first position's cotangent.
 # https://github.com/AI-Hypercomputer/maxtext/pull/4699
 # The kernel's gradient was multiplied by the loss's cotangent and the hidden states' gradient was not.
+@pytest.mark.covering
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("cotangent", [np.array([0.0, -2.0, 0.5, 3.0, 1.0]), np.float64(7)], ids=["none", "mean"])
 @each_way
@@ -127,6 +129,7 @@ def test_both_passes_have_the_same_float32_logits(way):
 
 # https://github.com/axolotl-ai-cloud/axolotl/pull/1601
 # The kernel's gradient was added up over the chunks in the kernel's own bfloat16.
+@pytest.mark.covering
 @pytest.mark.parametrize("block_size", [1, 7])
 @each_linear_way
 def test_kernel_gradient_is_accumulated_in_float32(way, block_size):
@@ -197,6 +200,7 @@ def test_common_offset_changes_nothing(way):
 # Negative labels counted from the end: -1, and with more than 100 classes -100, was taken for a class.
 # https://github.com/Coffeempty/jax-cce/blob/5c8d2c18ecef965ff0254b5b090bc965bd75e8fd/src/jax_cce/core.py
 # So they did there, and a label beyond the vocabulary was taken for the last class.
+@pytest.mark.covering
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("ignore_index", [-100, -1])
 @each_way
@@ -257,6 +261,7 @@ def test_gathered_classes_are_refused(way):
 
 # https://github.com/google-deepmind/optax/issues/896, https://github.com/google-deepmind/optax/pull/1762
 # A probability of 0 times a log-probability of -inf made NaN of the loss, and in the mended loss of its tangent.
+@pytest.mark.covering
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("kind", ["index", "probabilities"])

@@ -17,6 +17,7 @@ def logits(shape=(3, 4, 5), dtype=np.float32):
     return jnp.asarray(3 * np.random.default_rng(0).normal(size=shape), dtype)
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("axis", [0, 1, 2, -1, -3, (0, 1), (2, 0), (-1, -2), (0, 1, 2), ()], ids=str)
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_axes(function, axis):
@@ -81,6 +82,7 @@ def test_rows_without_classes(function, how):
         chex.assert_tree_all_finite(second)
 
 
+@pytest.mark.covering("softmax-bfloat16")
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_dtypes(function, dtype):

@@ -1,7 +1,7 @@
-"""Every public function under every transformation that design promises: jit to export, first and second derivatives.
+"""Every public function under every transformation of JAX: jit to export, first and second derivatives.
 
 Losses and gradients under a transformation are compared with those of the plain call, second derivatives with what JAX
-makes of `plain`, a textbook implementation below, in float64. Tolerances are in units of the rounding of the largest
+makes of the plain formulas of reference.py, in float64. Tolerances are in units of the rounding of the largest
 number compared; what they allow for is sums of up to `SIZE` terms taken in another order.
 """
 
@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import reference
+from grids import short
 from jax.flatten_util import ravel_pytree
 from jax.sharding import PartitionSpec
 
@@ -65,8 +67,10 @@ CASES = {
     "cross_entropy-stats": Case(jxent.cross_entropy, {"return_stats": True}, INDEX | {"where": WHERE}),
 }
 LOSSES = [name for name, case in CASES.items() if case.is_loss]
+FUNCTIONS = ("logsumexp", "softmax", "log_softmax", "nll_loss-index", "cross_entropy-smooth-probability")
 each_case = pytest.mark.parametrize("name", CASES)
-each_loss = pytest.mark.parametrize("name", LOSSES)
+each_function = pytest.mark.parametrize("name", short(CASES, *FUNCTIONS))  # and --exhaustive each case
+each_loss = pytest.mark.parametrize("name", short(LOSSES, *FUNCTIONS))
 
 
 def in_dtype(array, dtype):
@@ -82,74 +86,29 @@ def inputs(name, dtype=jnp.float32):
     return floats, {k: a for k, a in arrays.items() if k not in floats}
 
 
-def call(name, arrays, **options):
-    """The public function's answer."""
+def call(name, arrays, module=jxent, **options):
+    """The public function's answer, or that of its namesake in another module."""
     case, arrays = CASES[name], dict(arrays)
     first = [arrays.pop(k) for k in ("scores", "labels") if k in arrays]
-    return case.function(*first, **arrays, **case.options | options)
+    return getattr(module, case.function.__name__)(*first, **arrays, **case.options | options)
 
 
 def loss_of(out):
     return out[0] if isinstance(out, tuple) else out
 
 
-def scalar(name, floats, rest, **options):
+def scalar(name, floats, rest, module=jxent):
     """The loss; of a softmax function a sum with coefficients that differ from each other."""
-    out = loss_of(call(name, floats | rest, **options))
+    out = loss_of(call(name, floats | rest, module))
     return jnp.vdot(jnp.cos(jnp.arange(out.size, dtype=out.dtype)), out.ravel())
+
+
+plain_scalar = partial(scalar, module=reference)
 
 
 def rows(name, arrays):
     """The answer without the reduction: an array whose leading axes are those of the examples and positions."""
     return loss_of(call(name, arrays, **({"reduction": "none"} if CASES[name].is_loss else {})))
-
-
-def plain(name, arrays):
-    """What `rows` computes, without custom rules, as a textbook has it; float64 makes it good enough."""
-    case, options = CASES[name], {"label_smoothing": 0.0, "z_loss_weight": 0.0} | CASES[name].options
-    x, where = arrays["scores"], arrays.get("where")
-    if not case.is_loss and where is not None:
-        x = jnp.where(where, x, -jnp.inf)
-    if cap := options.get("logit_softcap"):
-        x = cap * jnp.tanh(x / cap)
-    top = jax.lax.stop_gradient(x.max(-1, keepdims=True))
-    log_normalizer = top + jnp.log(jnp.exp(x - top).sum(-1, keepdims=True))
-    log_p = x if case.function is jxent.nll_loss else x - log_normalizer
-    if not case.is_loss:
-        return {
-            jxent.logsumexp: log_normalizer[..., 0],
-            jxent.softmax: jnp.exp(log_p),
-            jxent.log_softmax: log_p,
-        }[case.function]
-    smoothing = options["label_smoothing"]
-    q = plain_labels(arrays["labels"], x.dtype)
-    q = (1 - smoothing) * q + smoothing / CLASSES
-    losses = -(q * arrays.get("class_weight", 1) * log_p).sum(-1)
-    losses += options["z_loss_weight"] * log_normalizer[..., 0] ** 2
-    return losses * plain_share(arrays)
-
-
-def plain_labels(labels, dtype):
-    return jax.nn.one_hot(labels, CLASSES, dtype=dtype) if jnp.issubdtype(labels.dtype, jnp.integer) else labels
-
-
-def plain_share(arrays):
-    """What multiplies the loss of a position: its sample weight, or 0 where it does not count."""
-    labels = arrays["labels"]
-    counts = labels >= 0 if jnp.issubdtype(labels.dtype, jnp.integer) else jnp.ones(labels.shape[:-1], bool)
-    return jnp.where(counts & arrays.get("where", True), arrays.get("sample_weight", 1.0), 0)
-
-
-def plain_scalar(name, floats, rest):
-    """What `scalar` computes."""
-    arrays = floats | rest
-    out = plain(name, arrays)
-    if not CASES[name].is_loss:
-        return jnp.vdot(jnp.cos(jnp.arange(out.size, dtype=out.dtype)), out.ravel())
-    share, labels = plain_share(arrays), arrays["labels"]
-    if "class_weight" in arrays and jnp.issubdtype(labels.dtype, jnp.integer):
-        share *= plain_labels(labels, out.dtype) @ arrays["class_weight"]
-    return out.sum() / share.sum()
 
 
 def assert_close(actual, expected, ulps):
@@ -171,7 +130,7 @@ def assert_gradients_matter(gradients):
 # --- jit, grad --------------------------------------------------------------------------------------------------------
 
 
-@each_case
+@each_function
 def test_jit(name):
     floats, rest = inputs(name)
     eager = jax.value_and_grad(partial(scalar, name))
@@ -179,7 +138,7 @@ def test_jit(name):
     assert_close(jax.jit(eager)(floats, rest), eager(floats, rest), ulps=8)
 
 
-@each_case
+@each_function
 def test_grad_and_value_and_grad(name):
     floats, rest = inputs(name)
     f = partial(scalar, name)
@@ -188,38 +147,11 @@ def test_grad_and_value_and_grad(name):
     assert_close(jax.grad(f)(floats, rest), gradient, ulps=2)
 
 
-@each_case
+@each_function
 def test_first_derivatives_are_those_of_the_formula(name, x64):
     floats, rest = inputs(name, jnp.float64)
-    actual = jax.value_and_grad(partial(scalar, name))(floats, rest)
-    assert_close(actual, jax.value_and_grad(partial(plain_scalar, name))(floats, rest), ulps=4 * SIZE)
-
-
-def test_stats_as_auxiliary_output():
-    floats, rest = inputs("cross_entropy-stats")
-    f = partial(call, "cross_entropy-stats")
-    expected_loss, expected_stats = f(floats | rest)
-
-    @jax.jit
-    def run(floats):
-        return jax.value_and_grad(lambda floats: f(floats | rest), has_aux=True)(floats)
-
-    (loss, stats), gradient = run(floats)
-    assert_close(loss, expected_loss, ulps=8)
-    assert_close(stats._replace(prediction=0.0), expected_stats._replace(prediction=0.0), ulps=8)
-    np.testing.assert_array_equal(stats.prediction, expected_stats.prediction)
-    assert_close(gradient, jax.grad(partial(scalar, "cross_entropy-stats"))(floats, rest), ulps=8)
-
-
-def test_stats_carry_no_gradient():
-    """Not even together with the loss, whose gradient stays what it was."""
-    floats, rest = inputs("cross_entropy-stats")
-
-    def both(floats):
-        loss, stats = call("cross_entropy-stats", floats | rest)
-        return loss + sum(jnp.sum(s) for s in stats)
-
-    assert_close(jax.grad(both)(floats), jax.grad(partial(scalar, "cross_entropy-stats"))(floats, rest), ulps=8)
+    actual = jax.jit(jax.value_and_grad(partial(scalar, name)))(floats, rest)
+    assert_close(actual, jax.jit(jax.value_and_grad(partial(plain_scalar, name)))(floats, rest), ulps=4 * SIZE)
 
 
 @each_loss
@@ -250,14 +182,14 @@ def example(arrays, i):
     return jax.tree.map(lambda a: a[i], arrays)
 
 
-@each_case
+@each_function
 def test_vmap_over_examples(name):
     arrays, shared = split_examples(name)
     mapped = jax.vmap(lambda example: rows(name, example | shared))(arrays)
     assert_close(mapped, rows(name, arrays | shared), ulps=4)
 
 
-@each_case
+@each_function
 def test_vmap_over_positions(name):
     """Down to unbatched (classes,) scores with a scalar label."""
     arrays, shared = split_examples(name)
@@ -282,7 +214,7 @@ def test_vmap_of_the_mean_over_examples(name):
     assert_close(mapped, jnp.stack(looped), ulps=4)
 
 
-@each_case
+@each_function
 def test_gradients_per_example(name):
     arrays, shared = split_examples(name)
     scores = arrays.pop("scores")
@@ -330,7 +262,7 @@ def direction(vector):
     return jnp.asarray(np.random.default_rng(11).normal(size=vector.shape))
 
 
-@each_case
+@each_function
 def test_hessian(name, x64):
     """With respect to all floating-point arrays at once, mixed derivatives included."""
     f, at = flat(name, scalar)
@@ -351,7 +283,7 @@ def test_forward_over_reverse(name, x64):
     assert_close(along, gradient @ v, ulps=16 * SIZE)
 
 
-@each_case
+@each_function
 def test_reverse_over_reverse(name, x64):
     """The gradient of the loss plus its squared gradient's norm, a gradient penalty."""
 
@@ -393,7 +325,7 @@ def test_forward_mode_is_refused(name):
 # --- checkpoint and loops ---------------------------------------------------------------------------------------------
 
 
-@each_case
+@each_function
 def test_checkpoint(name):
     floats, rest = inputs(name)
     f = partial(scalar, name)
@@ -401,7 +333,7 @@ def test_checkpoint(name):
     assert_close(jax.jit(jax.value_and_grad(jax.checkpoint(f)))(floats, rest), expected, ulps=8)
 
 
-@each_case
+@each_function
 def test_scan_over_examples(name):
     """Losses accumulated over micro-batches, and the gradient of their sum."""
     arrays, shared = split_examples(name)
@@ -424,7 +356,7 @@ def test_scan_over_examples(name):
     assert_close(jax.jit(jax.value_and_grad(accumulated))(scores), expected, ulps=8)
 
 
-@each_case
+@each_function
 def test_map_over_examples(name):
     arrays, shared = split_examples(name)
     mapped = jax.lax.map(lambda example: rows(name, example | shared), arrays)
@@ -434,7 +366,7 @@ def test_map_over_examples(name):
 # --- compiled ahead, and elsewhere ------------------------------------------------------------------------------------
 
 
-@each_case
+@each_function
 def test_ahead_of_time(name):
     floats, rest = inputs(name)
     f = jax.value_and_grad(partial(scalar, name))
@@ -442,7 +374,7 @@ def test_ahead_of_time(name):
     assert_close(compiled(floats, rest), f(floats, rest), ulps=8)
 
 
-@each_case
+@each_function
 def test_export(name):
     """One module for four platforms, run here on the CPU."""
     floats, rest = inputs(name)
@@ -451,10 +383,20 @@ def test_export(name):
     assert_close(exported.call(floats, rest), f(floats, rest), ulps=8)
 
 
-@pytest.mark.parametrize("name", ["softmax", "nll_loss-index", "cross_entropy-smooth-index"])
+# The check that checkify asks for is an effect of the program, and JAX serializes no effect that has arguments.
+unserializable = pytest.mark.xfail(raises=NotImplementedError, strict=True, reason="the check of labels is an effect")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "softmax",
+        pytest.param("nll_loss-index", marks=unserializable),
+        pytest.param("cross_entropy-smooth-index", marks=unserializable),
+    ],
+)
 def test_export_by_bytes(name):
     """Serialized and read again; the gradient is exported along, and what is read can be differentiated."""
-    pytest.importorskip("flatbuffers", reason="JAX serializes with flatbuffers, which it does not install")
     floats, rest = inputs(name)
     f = jax.jit(partial(scalar, name))
     data = jax.export.export(f, platforms=["cpu", "cuda", "rocm", "tpu"])(floats, rest).serialize(vjp_order=1)
@@ -483,7 +425,7 @@ def one_device():
     return jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
 
 
-@each_case
+@each_function
 def test_shard_map(name):
     """Examples sharded, losses summed over the mesh axis, the gradient taken through it."""
     arrays, shared = split_examples(name)
@@ -555,7 +497,7 @@ def test_eager_calls_compile_once(caplog, option):
     assert run(scores, labels, **{option: 0.2}) > 0
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name != "logsumexp"])
+@pytest.mark.parametrize("name", short([name for name in CASES if name != "logsumexp"], *FUNCTIONS[2:]))
 def test_eager_calls_do_not_compile_for_new_values(caplog, name):
     floats, rest = inputs(name)
     others = jax.tree.map(lambda a: a * 2, floats)

@@ -1,0 +1,75 @@
+"""The losses in plain jax.numpy, for JAX to differentiate as often as it likes; imports nothing from jxent.
+
+As a textbook has them, without a thought to rounding: float64 makes them good enough. The class axis is the last one.
+oracle.py has the same losses, exactly, without derivatives.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Stats(NamedTuple):
+    log_prob: jax.Array
+    log_normalizer: jax.Array
+    entropy: jax.Array
+    prediction: jax.Array
+    weight: jax.Array
+
+
+def logsumexp(logits, *, where=True):
+    x = jnp.where(where, logits, -jnp.inf)
+    top = jax.lax.stop_gradient(x.max(-1, keepdims=True))
+    return top[..., 0] + jnp.log(jnp.exp(x - top).sum(-1))
+
+
+def log_softmax(logits, *, where=True):
+    return jnp.where(where, logits, -jnp.inf) - logsumexp(logits, where=where)[..., None]
+
+
+def softmax(logits, *, where=True):
+    return jnp.exp(log_softmax(logits, where=where))
+
+
+def nll_loss(log_probs, labels, **options):
+    return reduced(log_probs, 0.0, log_probs, labels, **options)
+
+
+def cross_entropy(logits, labels, *, logit_softcap=None, **options):
+    x = logits if logit_softcap is None else logit_softcap * jnp.tanh(logits / logit_softcap)
+    return reduced(x, logsumexp(x), log_softmax(x), labels, **options)
+
+
+def reduced(
+    x,
+    log_normalizer,
+    log_p,
+    labels,
+    *,
+    class_weight=1.0,
+    sample_weight=1.0,
+    where=True,
+    ignore_index=-100,
+    label_smoothing=0.0,
+    z_loss_weight=0.0,
+    reduction="mean",
+    return_stats=False,
+):
+    """The loss of scores `x` with these log-normalizers and log-probabilities."""
+    classes = log_p.shape[-1]
+    counts, q, of_weight = where, labels, 1.0
+    if jnp.issubdtype(labels.dtype, jnp.integer):
+        counts &= labels != ignore_index
+        q = jax.nn.one_hot(labels, classes, dtype=log_p.dtype)
+        of_weight = jnp.sum(q * class_weight, -1)
+    share = (1 - label_smoothing) * q + label_smoothing / classes
+    losses = -jnp.sum(share * class_weight * log_p, -1) + z_loss_weight * log_normalizer**2
+    of_sample = jnp.where(jnp.broadcast_to(counts, losses.shape), sample_weight, 0)
+    losses, weight = losses * of_sample, jnp.sum(of_weight * of_sample)
+    loss = {"mean": jnp.sum(losses) / weight, "sum": jnp.sum(losses), "none": losses}[reduction]
+    if not return_stats:
+        return loss
+    numbers = jnp.sum(q * log_p, -1), log_normalizer, -jnp.sum(jnp.exp(log_p) * log_p, -1)
+    prediction = jnp.where(counts, jnp.argmax(x, -1).astype(jnp.int32), jnp.iinfo(jnp.int32).min)
+    return loss, Stats(*(jnp.where(counts, number, 0) for number in numbers), prediction, weight)
