@@ -1,7 +1,7 @@
 """How XLA compiles what the tests run.
 
-Most programs run once, so that in the short run XLA optimizes little (conftest.py). Rounding and memory are judged in
-programs as users have them: `optimized`.
+Most programs run once, so that in the short run XLA optimizes little (conftest.py). What the tests of rounding and of
+memory compile with `optimized` is compiled as users have it. With `--exhaustive` so is all else but PyTorch's fixtures.
 """
 
 from functools import partial
@@ -10,7 +10,7 @@ import jax
 
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 OPTIMIZED = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
-if jax.__version_info__ < (0, 11):  # newer releases have no other emitters than the ones that users have
+if jax.__version_info__ < (0, 11):  # JAX 0.12 knows no such flag
     QUICK["xla_cpu_use_fusion_emitters"] = False
     OPTIMIZED["xla_cpu_use_fusion_emitters"] = True
 

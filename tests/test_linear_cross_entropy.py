@@ -19,6 +19,7 @@ from grids import short
 from jax.sharding import AxisType, PartitionSpec
 
 import jxent
+from jxent._sweep import sweep
 
 # --- the grid ---------------------------------------------------------------------------------------------------------
 
@@ -171,6 +172,15 @@ def test_block_size_changes_nothing(shape, reduction):
         # A sum of some 20 losses of size log(4097) = 8.3, which with cotangents of both signs nearly cancels.
         np.testing.assert_allclose(got[0], want, rtol=1e-6, atol=1e-5)
         chex.assert_trees_all_close(got[1], whole[1], rtol=2e-5, atol=1e-8)
+
+
+def test_a_block_is_traced_three_times(monkeypatch):
+    """Once for the shapes of the results, and once for a CPU and for other platforms, not twice for each loop."""
+    traced, block = [], sweep._block
+    monkeypatch.setattr(sweep, "_block", lambda *args: traced.append(args) or block(*args))
+    hidden, kernel, _, labels = arrays((39,), 2, 3, dtype=np.float32)  # a shape of its own: JAX keeps what it traced
+    jax.make_jaxpr(partial(jxent.linear_cross_entropy, block_size=13))(hidden, kernel, labels)
+    assert len(traced) == 3
 
 
 @pytest.mark.parametrize("vocab", short((32000, 50257), 50257))

@@ -136,7 +136,7 @@ def swept(sweep, asked, inputs, coefficients) -> tuple[Swept, dict[str, Array]]:
 
 
 def swept_shapes(sweep, asked, inputs, coefficients):
-    """`swept`, but only the shapes and dtypes of what it returns, whatever the platform."""
+    """The shapes and dtypes of what `swept` returns, which are the same on every platform."""
     return jax.eval_shape(partial(_swept, sweep, asked, True), inputs, coefficients)
 
 
