@@ -40,6 +40,7 @@ PRESETS = {
         *cases("cross_entropy", ("float32",), (500000, 10)),
         *cases("linear_cross_entropy", ("float32",), (2048, 512, 50257), (4096, 256, 32000), (4096, 512, 128256)),
     ],
+    "small": cases("cross_entropy", ("float32",), (1, 10), (32, 10), (1024, 100)),  # dispatch, not arithmetic
     "gpu": [
         *cases("cross_entropy", ("bfloat16",), (32768, 32768), (16384, 131072)),
         *cases("linear_cross_entropy", ("bfloat16",), (16384, 2048, 248320), (32768, 4096, 131072)),
@@ -54,7 +55,7 @@ SMOKE = [
     *cases("cross_entropy", ("bfloat16",), (130, 1003)),
     *cases("linear_cross_entropy", ("float32",), (100, 64, 1001)),
 ]
-ROUNDS = {"cpu": 7, "gpu": 20, "tpu": 20}
+ROUNDS = {"cpu": 7, "small": 400, "gpu": 20, "tpu": 20}
 
 # What others have published for these sizes, on their hardware.
 PUBLISHED = {
@@ -174,14 +175,15 @@ def main():
     parser.add_argument("--size", type=size, help="AxB (positions, classes) or AxBxC (positions, features, classes)")
     parser.add_argument("--dtype", choices=BOTH, help="instead of the preset's")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="candidates by name, as the tables have them")
-    parser.add_argument("--rounds", type=int, help="after one that warms up; 7 on a CPU, 20 elsewhere")
+    parser.add_argument("--rounds", type=int, help="after one that warms up; by the preset")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes and two rounds, to see that it runs")
     parser.add_argument("--out", type=pathlib.Path, help="folder of the record; benchmarks/records by default")
     args = parser.parse_args()
     preset = args.preset or (jax.default_backend() if jax.default_backend() in PRESETS else "cpu")
     chosen = SMOKE if args.smoke else PRESETS[preset]
     if args.size:
-        chosen = cases(LOSSES[len(args.size) - 2], ("float32" if preset == "cpu" else "bfloat16",), args.size)
+        dtype = "float32" if preset in ("cpu", "small") else "bfloat16"
+        chosen = cases(LOSSES[len(args.size) - 2], (dtype,), args.size)
     if args.dtype:
         chosen = list(dict.fromkeys(case._replace(dtype=args.dtype) for case in chosen))
     chosen = [case for case in chosen if args.loss in (None, case.loss)]

@@ -1,9 +1,12 @@
-"""Relative error of the loss and of the label's gradient in float32: jxent beside what else there is.
+"""Relative error of the loss and its derivatives in float32: jxent beside what else there is.
+
+First the loss and the label's gradient; then, of the libraries in JAX, the loss's tangent along a random vector and the
+label's element of the Hessian times that vector, both relative to the magnitudes of their terms.
 
 Every row has 1000 classes; the label's logit lies `margin` above the largest of the others, and `offset` is added to
-all. The truth is float64 NumPy on the same float32 logits. Prints Markdown tables; with `--out` it also writes a record
-and a figure over margins up to 100. jax-cce and tokamax get the logits as hidden states of an identity kernel, which
-multiplies exactly. PyTorch is optional.
+all. The truth is float64 NumPy on the same float32 logits. Prints Markdown tables; with `--out` it also writes two
+records, and figures over margins up to 100. jax-cce and tokamax get the logits as hidden states of an identity kernel,
+which multiplies exactly. PyTorch is optional.
 
     pip install -e ".[bench]"
     python benchmarks/exactness.py                            # the tables, half a minute
@@ -31,6 +34,7 @@ MARGINS = (1.0, 5.0, 10.0, 17.0, 20.0, 40.0)  # of the tables
 DRAWN = tuple(np.arange(0.0, 101.0, 2.0))
 OFFSETS = (0.0, 1e4)
 QUANTITIES = ("loss", "gradient at the label")
+ALONG = ("tangent", "Hessian-vector product at the label")
 CLASSES = 1000
 ROWS = 64
 ROUNDOFF = float(jnp.finfo(jnp.float32).eps) / 2
@@ -45,10 +49,24 @@ def rows(rng, margin):
 
 
 def truth(logits):
-    """Loss and label gradient in float64."""
+    """Loss and label gradient in float64, each with what errors are relative to."""
     x = logits.astype(np.float64)
     loss = np.log1p(np.exp(x[:, 1:] - x[:, :1]).sum(-1))
-    return loss, np.expm1(-loss)
+    return [(loss, loss), (np.expm1(-loss), -np.expm1(-loss))]
+
+
+def vector():
+    return np.random.default_rng(7).normal(size=(ROWS, CLASSES)).astype(np.float32)
+
+
+def truth_along(logits):
+    """Tangent and the label's element of the Hessian-vector product in float64, each with its terms' magnitudes."""
+    (loss, _), _ = truth(logits)
+    x, v = logits.astype(np.float64), vector().astype(np.float64)
+    u = v - v[:, :1]  # the label, class 0, is the largest
+    terms = np.exp(x[:, 1:] - x[:, :1] - loss[:, None]) * u[:, 1:]
+    tangent, size, p = terms.sum(-1), np.abs(terms).sum(-1), np.exp(-loss)
+    return [(tangent, size), (-p * tangent, p * size)]
 
 
 # --- the libraries: logits to (losses, label gradients) ---------------------------------------------------------------
@@ -58,6 +76,20 @@ def jax_peer(losses):
     def run(logits):
         value, pull = jax.vjp(lambda x: losses(x, jnp.zeros(len(x), jnp.int32)), jnp.asarray(logits))
         return value, pull(jnp.ones_like(value))[0][:, 0]
+
+    return run
+
+
+def peer_along(losses):
+    """Of losses (logits, labels) to the tangent, and the label's element of the Hessian-vector product."""
+
+    def of_zeros(x):
+        return losses(x, jnp.zeros(len(x), jnp.int32))
+
+    def run(logits):
+        x, v = jnp.asarray(logits), vector()
+        product = jax.jvp(jax.grad(lambda x: jnp.sum(of_zeros(x))), (x,), (v,))[1]
+        return jax.jvp(of_zeros, (x,), (v,))[1], product[:, 0]
 
     return run
 
@@ -80,13 +112,16 @@ def torch_peer(logits):
     return value.detach().numpy(), x.grad.numpy()[:, 0]
 
 
+IN_JAX = {
+    "jxent": lambda x, t: jxent.cross_entropy(x, t, reduction="none"),
+    "Optax": optax.softmax_cross_entropy_with_integer_labels,
+    "`jax.nn.log_softmax`": lambda x, t: -jax.nn.log_softmax(x)[jnp.arange(len(x)), t],
+}
+
+
 def libraries():
     """Name -> function of logits."""
-    found = {
-        "jxent": jax_peer(lambda x, t: jxent.cross_entropy(x, t, reduction="none")),
-        "Optax": jax_peer(optax.softmax_cross_entropy_with_integer_labels),
-        "`jax.nn.log_softmax`": jax_peer(lambda x, t: -jax.nn.log_softmax(x)[jnp.arange(len(x)), t]),
-    }
+    found = {name: jax_peer(losses) for name, losses in IN_JAX.items()}
     if optional("torch"):
         found["PyTorch"] = torch_peer
     linear = linear_losses()
@@ -99,7 +134,7 @@ def libraries():
 # --- their errors -----------------------------------------------------------------------------------------------------
 
 
-def errors(peers, margins, seed):
+def errors(peers, margins, seed, quantities=QUANTITIES, truth=truth):
     """A row for each offset, quantity, margin and library: the worst relative error, and whether all are 0."""
     rng, found = np.random.default_rng(seed), []
     for margin in margins:
@@ -108,7 +143,7 @@ def errors(peers, margins, seed):
             logits = (noise + offset).astype(np.float32)
             wanted, spread = truth(logits), np.ptp(logits.astype(np.float64), -1).max()
             for name, peer in peers.items():
-                for quantity, got, want in zip(QUANTITIES, peer(logits), wanted, strict=True):
+                for quantity, got, (want, size) in zip(quantities, peer(logits), wanted, strict=True):
                     got = np.asarray(got, np.float64)
                     found.append(
                         {
@@ -116,9 +151,9 @@ def errors(peers, margins, seed):
                             "quantity": quantity,
                             "margin": margin,
                             "library": name.strip("`"),
-                            "error": float(np.max(np.abs(got - want) / np.abs(want))),
+                            "error": float(np.max(np.abs(got - want) / size)),
                             "zero": not np.any(got),
-                            "smallest": float(np.min(np.abs(want))),
+                            "smallest": float(np.min(size)),
                             "smallest_exponential": float(np.exp(-spread)),
                         }
                     )
@@ -141,10 +176,10 @@ def lines(found):
     return list(series.values())
 
 
-def tables(found, names):
+def tables(found, names, quantities=QUANTITIES):
     cells = {(row["offset"], row["quantity"], row["margin"], row["library"]): shown(row) for row in found}
     for offset in OFFSETS:
-        for quantity in QUANTITIES:
+        for quantity in quantities:
             print(f"\nWorst relative error of the {quantity}, offset {offset:g}\n")
             print("| margin | " + " | ".join(names) + " |")
             print("|---:|" + "---:|" * len(names))
@@ -158,11 +193,11 @@ def tables(found, names):
 WIDTHS = (2.8, 6.5, 5.0, 3.6, 2.4, 1.1)  # coinciding lines show as edges of the wider one
 
 
-def draw(found, title, folder):
+def draw(found, title, folder, name="exactness", quantities=QUANTITIES):
     figure, panels = plt.subplots(2, 2, figsize=(13, 8.6), sharex=True, sharey=True, layout="constrained")
     figure.suptitle(title, fontsize=12)
     for offset, line in zip(OFFSETS, panels, strict=True):
-        for quantity, panel in zip(QUANTITIES, line, strict=True):
+        for quantity, panel in zip(quantities, line, strict=True):
             draw_panel(panel, [row for row in found if row["offset"] == offset and row["quantity"] == quantity])
             panel.set_title(f"{quantity}, offset {offset:g}", fontsize=11)
     for panel in panels[:, 0]:
@@ -172,7 +207,7 @@ def draw(found, title, folder):
     handles, labels = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, handlelength=3)
     for kind in ("png", "svg"):
-        figure.savefig(folder / f"exactness.{kind}", dpi=110)
+        figure.savefig(folder / f"{name}.{kind}", dpi=110)
     plt.close(figure)
 
 
@@ -207,13 +242,20 @@ def main():
     peers = libraries()
     found = errors(peers, MARGINS, seed=0)
     tables(found, list(peers))
+    peers_along = {name: peer_along(losses) for name, losses in IN_JAX.items()}
+    found_along = errors(peers_along, MARGINS, 0, ALONG, truth_along)
+    tables(found_along, list(peers_along), ALONG)
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
         drawn = errors(peers, DRAWN, seed=1)
-        record = machine() | {"classes": CLASSES, "rows": ROWS, "tables": found, "figure": lines(drawn)}
-        path = save(record, args.out, "exactness.json")
-        draw(drawn, f"float32, {CLASSES} classes, against float64 on the same logits", args.out)
-        print(f"\n{headline(record)}\n{path}, {args.out}/exactness.png, .svg")
+        drawn_along = errors(peers_along, DRAWN, 1, ALONG, truth_along)
+        record = machine() | {"classes": CLASSES, "rows": ROWS}
+        save(record | {"tables": found, "figure": lines(drawn)}, args.out, "exactness.json")
+        save(record | {"tables": found_along, "figure": lines(drawn_along)}, args.out, "exactness-along.json")
+        title = f"float32, {CLASSES} classes, against float64 on the same logits"
+        draw(drawn, title, args.out)
+        draw(drawn_along, title, args.out, "exactness-along", ALONG)
+        print(f"\n{headline(record)}\n{args.out}/exactness and exactness-along: .json, .png, .svg")
 
 
 if __name__ == "__main__":

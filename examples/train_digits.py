@@ -56,14 +56,14 @@ def train_step(model, optimizer, images, labels):
     return {
         "smoothed_loss": loss,
         "loss": -stats.log_prob.mean(),  # without the smoothing, to compare with the held-out loss
-        "accuracy": (stats.prediction == labels).mean(),
+        "accuracy": stats.correct.mean(),
     }
 
 
 @nnx.jit
 def eval_step(model, images, labels):
     loss, stats = jxent.cross_entropy(model(images), labels, return_stats=True)
-    return loss, (stats.prediction == labels).mean()
+    return loss, stats.correct.mean()
 
 
 def load_data(seed):

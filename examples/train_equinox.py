@@ -25,7 +25,7 @@ BATCH_SIZE = 64
 def loss_fn(model, images, labels, smoothing=0.0):
     logits = jax.vmap(model)(images)
     loss, stats = jxent.cross_entropy(logits, labels, label_smoothing=smoothing, return_stats=True)
-    return loss, (stats.prediction == labels).mean()
+    return loss, stats.correct.mean()
 
 
 def main():

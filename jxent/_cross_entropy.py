@@ -1,27 +1,58 @@
 """`cross_entropy`: its arguments."""
 
+from __future__ import annotations
+
+from typing import Literal, Unpack, overload
+
 from jaxtyping import Array, Bool, Float, Int
 
 from jxent._core.rule import costs
-from jxent._loss import checks
-from jxent._loss.axis_names import AxisName, mesh_axes
-from jxent._loss.loss import Stats, loss_of
+from jxent._loss import checks, label_checks
+from jxent._loss.annotations import ArrayLike, AxisName, LogitsLossOptions, Reduction
+from jxent._loss.axis_names import loss_axes
+from jxent._loss.loss import Stats, placed_loss_of
+from jxent._loss.names import known_names
 from jxent._loss.options import Weights, options_of
 
 
+@overload
 def cross_entropy(
-    logits: Float[Array, "*shape"],
-    labels: Int[Array, "*positions"] | Float[Array, "*shape"],
+    logits: Float[ArrayLike, "*shape"],
+    labels: Int[ArrayLike, "*positions"] | Float[ArrayLike, "*shape"],
+    *,
+    return_stats: Literal[False] = False,
+    **options: Unpack[LogitsLossOptions],
+) -> Float[Array, "..."]: ...
+@overload
+def cross_entropy(
+    logits: Float[ArrayLike, "*shape"],
+    labels: Int[ArrayLike, "*positions"] | Float[ArrayLike, "*shape"],
+    *,
+    return_stats: Literal[True],
+    **options: Unpack[LogitsLossOptions],
+) -> tuple[Float[Array, "..."], Stats]: ...
+@overload
+def cross_entropy(
+    logits: Float[ArrayLike, "*shape"],
+    labels: Int[ArrayLike, "*positions"] | Float[ArrayLike, "*shape"],
+    *,
+    return_stats: bool,
+    **options: Unpack[LogitsLossOptions],
+) -> Float[Array, "..."] | tuple[Float[Array, "..."], Stats]: ...
+@known_names
+def cross_entropy(
+    logits: Float[ArrayLike, "*shape"],
+    labels: Int[ArrayLike, "*positions"] | Float[ArrayLike, "*shape"],
     *,
     axis: int = -1,
-    class_weight: Float[Array, " classes"] | None = None,
-    sample_weight: Float[Array, "*#positions"] | None = None,
-    where: Bool[Array, "*#positions"] | None = None,
-    ignore_index: int = -100,
-    label_smoothing: float | Float[Array, ""] = 0.0,
-    z_loss_weight: float | Float[Array, ""] = 0.0,
+    class_weight: Float[ArrayLike, " classes"] | None = None,
+    sample_weight: Float[ArrayLike, "*#positions"] | None = None,
+    where: Bool[ArrayLike, "*#positions"] | None = None,
+    ignore_index: int | None = -100,
+    label_smoothing: Float[ArrayLike, ""] = 0.0,
+    z_loss_weight: Float[ArrayLike, ""] = 0.0,
     logit_softcap: float | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     axis_name: AxisName | None = None,
     batch_axis_name: AxisName | None = None,
     return_stats: bool = False,
@@ -43,7 +74,7 @@ def cross_entropy(
       sample_weight: multiplies each position's loss and its share of the mean's denominator; broadcasts to the shape of
         the positions, which is that of `logits` without its class axis.
       where: boolean, broadcasts to the shape of the positions; False leaves a position out, whatever it holds.
-      ignore_index: a position with this index label is left out.
+      ignore_index: a position with this index label is left out; None leaves none out.
       label_smoothing: in [0, 1]; the share of each label that is spread evenly over the classes. A Python number is
         static; a floating-point scalar array is traced, and its value is not checked.
       z_loss_weight: adds ``z_loss_weight * logsumexp(logits)**2`` to the loss of each position that counts;
@@ -52,11 +83,14 @@ def cross_entropy(
       reduction: ``"mean"`` divides the sum by the weights of the labels that count (class weight times sample weight;
         for class probabilities the sample weight alone), ``"sum"`` does not, ``"none"`` gives each position's loss.
         Where nothing counts the mean is nan and the sum 0, with gradients of 0.
-      axis_name: inside `jax.shard_map` (or `jax.vmap` with an axis name), the mesh axis or axes over which the classes
-        are sharded. `logits`, probability labels and `class_weight` are then this shard's, class indices count the
-        classes of all shards, and loss and statistics are those of all classes, on every shard.
-      batch_axis_name: likewise for the positions, when the reduction is a mean or sum: it and its denominator are taken
-        over the positions of all shards. Arrays that are sharded under plain `jax.jit` need neither of the two.
+      axis_name: the mesh axis or axes over which the classes are sharded. Inside `jax.shard_map` (or `jax.vmap` with an
+        axis name) `logits`, probability labels and `class_weight` are then this shard's, class indices count the
+        classes of all shards, and loss and statistics are those of all classes, on every shard. Elsewhere arrays are
+        whole, and the loss shards them so over the mesh in use: that of `jax.set_mesh`, or else of the arrays.
+      batch_axis_name: likewise for the positions. Inside `jax.shard_map` the reduction must be a mean or sum: it and
+        its denominator are taken over the positions of all shards. Elsewhere a name is for the first axis of the
+        positions, and a `jax.sharding.PartitionSpec` names mesh axes for each of them, as the spec of the labels does.
+        Under plain `jax.jit` arrays may be sharded with neither of the two given; the compiler then decides what moves.
       return_stats: also return `Stats`.
 
     Returns:
@@ -84,11 +118,11 @@ def cross_entropy(
       Reductions: https://docs.pytorch.org/docs/stable/generated/torch.nn.CrossEntropyLoss.html
     """
     name = "cross_entropy"
-    logits, labels, axis = checks.logits_and_labels(name, "logits", logits, labels, axis)
+    logits, labels, axis = label_checks.logits_and_labels(name, "logits", logits, labels, axis)
     arrays = checks.weights(name, class_weight, sample_weight, where, logits, axis)
-    over = mesh_axes(name, axis_name, batch_axis_name, reduction, ("logits", logits))
+    over = loss_axes(name, "logits", logits, axis, axis_name, batch_axis_name, reduction)
     scalars = checks.scalars(name, label_smoothing, z_loss_weight)
     options, traced = options_of(
         (name, "logits"), axis, labels, over, scalars, ignore_index, reduction, logit_softcap, return_stats
     )
-    return loss_of(options, costs, logits, labels, Weights(*arrays, traced))
+    return placed_loss_of(over.placement, options, costs, logits, labels, Weights(*arrays, traced))

@@ -1,7 +1,9 @@
 """`linear_cross_entropy`: its arguments, and the loss by one sweep over blocks of positions or by two."""
 
+from __future__ import annotations
+
 from functools import partial
-from typing import Any, cast
+from typing import Any, Literal, Unpack, cast, overload
 
 import jax
 import jax.numpy as jnp
@@ -12,30 +14,62 @@ from jxent._core.passes import compute_dtype
 from jxent._core.shards import cast_alike, total
 from jxent._core.weights import only, weigh
 from jxent._linear_rules import linear_costs, linear_total
-from jxent._loss import checks
-from jxent._loss.axis_names import AxisName, mesh_axes
-from jxent._loss.loss import Stats, with_stats
+from jxent._loss import checks, label_checks
+from jxent._loss.annotations import ArrayLike, AxisName, LinearLossOptions, Reduction
+from jxent._loss.axis_names import Sharded, mesh_axes
+from jxent._loss.loss import Stats, label_dimensions, weight_dimensions, with_stats
+from jxent._loss.names import known_names
 from jxent._loss.options import Weights, options_of
+from jxent._loss.placement import CLASSES, placed
 from jxent._loss.positions import coefficients_of, denominator, positions_of, reduced
-from jxent._loss.reports import report_values
+from jxent._loss.reports import report_labels, report_values
+from jxent._mesh.sharded import covers_its_mesh
 from jxent._sweep.sweep import Inputs, Sweep, Swept
 
 
+@overload
 def linear_cross_entropy(
-    hidden: Float[Array, "*positions features"],
-    kernel: Float[Array, "features vocab"] | Float[Array, "vocab features"],
-    labels: Int[Array, "*positions"] | Float[Array, "*positions vocab"],
+    hidden: Float[ArrayLike, "*positions features"],
+    kernel: Float[ArrayLike, "features vocab"] | Float[ArrayLike, "vocab features"],
+    labels: Int[ArrayLike, "*positions"] | Float[ArrayLike, "*positions vocab"],
     *,
-    bias: Float[Array, " vocab"] | None = None,
+    return_stats: Literal[False] = False,
+    **options: Unpack[LinearLossOptions],
+) -> Float[Array, "..."]: ...
+@overload
+def linear_cross_entropy(
+    hidden: Float[ArrayLike, "*positions features"],
+    kernel: Float[ArrayLike, "features vocab"] | Float[ArrayLike, "vocab features"],
+    labels: Int[ArrayLike, "*positions"] | Float[ArrayLike, "*positions vocab"],
+    *,
+    return_stats: Literal[True],
+    **options: Unpack[LinearLossOptions],
+) -> tuple[Float[Array, "..."], Stats]: ...
+@overload
+def linear_cross_entropy(
+    hidden: Float[ArrayLike, "*positions features"],
+    kernel: Float[ArrayLike, "features vocab"] | Float[ArrayLike, "vocab features"],
+    labels: Int[ArrayLike, "*positions"] | Float[ArrayLike, "*positions vocab"],
+    *,
+    return_stats: bool,
+    **options: Unpack[LinearLossOptions],
+) -> Float[Array, "..."] | tuple[Float[Array, "..."], Stats]: ...
+@known_names
+def linear_cross_entropy(
+    hidden: Float[ArrayLike, "*positions features"],
+    kernel: Float[ArrayLike, "features vocab"] | Float[ArrayLike, "vocab features"],
+    labels: Int[ArrayLike, "*positions"] | Float[ArrayLike, "*positions vocab"],
+    *,
+    bias: Float[ArrayLike, " vocab"] | None = None,
     vocab_axis: int = -1,
-    class_weight: Float[Array, " vocab"] | None = None,
-    sample_weight: Float[Array, "*#positions"] | None = None,
-    where: Bool[Array, "*#positions"] | None = None,
-    ignore_index: int = -100,
-    label_smoothing: float | Float[Array, ""] = 0.0,
-    z_loss_weight: float | Float[Array, ""] = 0.0,
+    class_weight: Float[ArrayLike, " classes"] | None = None,
+    sample_weight: Float[ArrayLike, "*#positions"] | None = None,
+    where: Bool[ArrayLike, "*#positions"] | None = None,
+    ignore_index: int | None = -100,
+    label_smoothing: Float[ArrayLike, ""] = 0.0,
+    z_loss_weight: Float[ArrayLike, ""] = 0.0,
     logit_softcap: float | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     axis_name: AxisName | None = None,
     batch_axis_name: AxisName | None = None,
     return_stats: bool = False,
@@ -68,24 +102,24 @@ def linear_cross_entropy(
         shape of `hidden`.
       where: boolean, broadcasts to the leading shape of `hidden`; False leaves a position out, whatever its hidden
         state holds.
-      ignore_index: a position with this index label is left out.
+      ignore_index: a position with this index label is left out; None leaves none out.
       label_smoothing: in [0, 1]; the share of each label that is spread evenly over the classes.
       z_loss_weight: adds ``z_loss_weight * logsumexp(logits)**2`` to the loss of each position that counts.
       logit_softcap: a Python number c > 0; the logits become ``c * tanh(logits / c)`` first.
       reduction: ``"mean"``, ``"sum"`` or ``"none"``, as for `cross_entropy`. With ``"none"`` the gradients are computed
         in the backward pass.
-      axis_name: inside `jax.shard_map` (or `jax.vmap` with an axis name), the mesh axis or axes over which the
-        vocabulary is sharded, as in `cross_entropy`: `kernel`, `bias`, `class_weight` and probability labels are then
-        this shard's, `hidden` and index labels are the same on every shard.
-      batch_axis_name: likewise for the positions, as in `cross_entropy`. Arrays that are sharded under plain `jax.jit`
-        need neither of the two.
+      axis_name: the mesh axis or axes over which the vocabulary is sharded, as in `cross_entropy`. Inside
+        `jax.shard_map` `kernel`, `bias`, `class_weight` and probability labels are this shard's, `hidden` and index
+        labels are the same on every shard.
+      batch_axis_name: likewise for the positions, as in `cross_entropy`. Where the two name axes of the mesh in use, a
+        kernel that is sharded in any other way is gathered once before the sweep, and its gradient summed once after.
       return_stats: also return `Stats`.
       block_size: how many positions are in flight at once, at most; under `jax.vmap`, of each example; where `jax.jit`
         shards the positions, on all devices together. The temporaries are ``block_size * vocab`` logits and as many
         gradients of logits; the answer does not depend on it. The default is a quarter of the positions, or as many
         as have 64 MiB of float32 logits if that is less, but at least 256; on a GPU or TPU 1 GiB and 1024, or half as
         much where the kernel has no gradient. Where arrays are sharded it counts the positions and classes of a device;
-        for `Auto` axes on a TPU those of all devices.
+        for `Auto` axes on a TPU that are not named, those of all devices.
         A larger block makes larger matmuls and fewer updates of the kernel's gradient, a smaller one takes less memory.
       recompute: compute the gradients in the backward pass, for a fourth matmul, so that no gradient is kept between
         the two passes; ``reduction="none"`` always does.
@@ -121,10 +155,11 @@ def linear_cross_entropy(
     classes = kernel.shape[vocab_axis]
     checks.concrete(name, hidden, classes)
     logits = jax.ShapeDtypeStruct((*hidden.shape[:-1], classes), hidden.dtype)
-    labels = checks.class_labels(name, None, logits, labels, logits.ndim - 1)
+    labels = label_checks.class_labels(name, None, logits, labels, logits.ndim - 1)
     bias = checks.per_class(name, "bias", bias, classes)
     arrays = checks.weights(name, class_weight, sample_weight, where, logits, logits.ndim - 1)
-    over = mesh_axes(name, axis_name, batch_axis_name, reduction, ("hidden", hidden), classes=("kernel", kernel))
+    of_kernel, of_hidden = Sharded("kernel", kernel, (vocab_axis,)), Sharded("hidden", hidden, range(hidden.ndim - 1))
+    over = mesh_axes(name, axis_name, of_kernel, batch_axis_name, of_hidden, reduction)
     scalars = checks.scalars(name, label_smoothing, z_loss_weight)
     options, traced = options_of(
         (name, "hidden"), logits.ndim - 1, labels, over, scalars, ignore_index, reduction, logit_softcap, return_stats
@@ -137,7 +172,16 @@ def linear_cross_entropy(
     )
     recompute = checks.flag(name, "recompute", recompute)
     weights = Weights(*arrays, traced)
-    return _linear_cross_entropy(options, sweep, recompute, hidden, kernel, bias, labels, weights)
+    positions = tuple(range(hidden.ndim - 1))
+    dimensions = (
+        (*positions, None),
+        (None, CLASSES) if vocab_axis else (CLASSES, None),
+        (CLASSES,),
+        label_dimensions(labels, positions, (*positions, CLASSES)),
+        weight_dimensions(weights, positions),
+    )
+    arrays = hidden, kernel, bias, labels, weights
+    return placed(over.placement, _linear_cross_entropy, (options, sweep, recompute), arrays, dimensions)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
@@ -145,11 +189,15 @@ def _linear_cross_entropy(options, sweep, recompute, hidden, kernel, bias, label
     classes, shape = kernel.shape[sweep.vocab_axis], hidden.shape[:-1]
     dtype = compute_dtype(hidden.dtype, kernel.dtype)
     positions = positions_of(options, weights, labels, hidden, hidden.ndim - 1, classes)
-    row_keep = None if positions.keep is None else positions.keep[..., None]
-    report_values(options.function, row_keep, hidden=hidden, labels=positions.labels)
-    report_values(options.function, None, masked=("bias",), kernel=kernel, bias=bias)
+    labels = positions.labels
+    # Elsewhere a report would make checkify fail, at the `shard_map` that is to come.
+    if covers_its_mesh(hidden, kernel, bias, labels, weights.class_weight):
+        row_keep = None if positions.keep is None else positions.keep[..., None]
+        labels = report_labels(options, row_keep, labels, classes * options.form.shards.number, hidden.ndim - 1)
+        labels = report_values(options, row_keep, labels, hidden=hidden)
+        labels = report_values(options, None, labels, masked=("bias",), kernel=kernel, bias=bias)
     class_weight = weights.class_weight if weighs_classes(options.form, labels) else None
-    inputs = Inputs(hidden, kernel, bias, positions.labels, class_weight, positions.keep, positions.first)
+    inputs = Inputs(hidden, kernel, bias, labels, class_weight, positions.keep, positions.first)
     coefficients, weight = coefficients_of(options, weights, positions), denominator(options, positions, shape, dtype)
     if options.reduction == "none" or recompute:
         inputs, _ = _cast_alike(options, inputs, {})
@@ -169,7 +217,7 @@ def _linear_cross_entropy(options, sweep, recompute, hidden, kernel, bias, label
 def _full(coefficient, keep, shape, dtype):
     """A coefficient, None standing for 1, at each position that counts and 0 elsewhere, in at least `dtype`."""
     if isinstance(coefficient, jax.Array):
-        dtype = jnp.promote_types(coefficient.dtype, dtype)
+        dtype = compute_dtype(coefficient.dtype, dtype)
     return only(keep, jnp.broadcast_to(jnp.asarray(1 if coefficient is None else coefficient, dtype), shape))
 
 

@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.custom_derivatives import SymbolicZero
 
+from jxent._core.forward_mode import with_forward_mode
 from jxent._core.passes import compute_dtype
 from jxent._core.shards import shared_cotangent
 from jxent._core.weights import weigh
+from jxent._mesh.auto import depends_on_devices
 from jxent._mesh.sharded import sharded
 from jxent._sweep.sweep import Inputs, Swept
 
@@ -42,19 +43,11 @@ def _gradients(differentiated, grads, factor=None):
     return Inputs(**out)
 
 
-def _is_zero(cotangent) -> bool:
-    return isinstance(cotangent, SymbolicZero)
-
-
-def _array(cotangent):
-    return jnp.zeros(cotangent.shape, cotangent.dtype) if _is_zero(cotangent) else cotangent
-
-
 # --- the costs of each position: the gradients take a sweep of their own, in the backward pass ------------------------
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def linear_costs(sweep, inputs: Inputs) -> Swept:
+def _linear_costs(sweep, inputs: Inputs) -> Swept:
     """The costs and statistics of each position; the statistics carry no gradient."""
     return sharded(sweep, (), inputs, {})[0]
 
@@ -67,24 +60,41 @@ def _linear_costs_fwd(sweep, primals):
 # The gradient of the sum of cotangent[i] * cost[i]: the cotangents are the coefficients.
 def _linear_costs_bwd(sweep, residuals, cotangents):
     inputs, differentiated = residuals
-    coefficients = shared_cotangent({name: _array(c) for name, c in cotangents.costs.items()}, sweep.form.shards)
+    coefficients = shared_cotangent(cotangents.costs, sweep.form.shards)
     return (_gradients(differentiated, sharded(sweep, _names(differentiated), inputs, coefficients)[1]),)
 
 
-linear_costs.defvjp(_linear_costs_fwd, _linear_costs_bwd, symbolic_zeros=True)
+def _linear_costs_tangent(sweep, residuals, tangents):
+    inputs, _ = residuals
+    return _tangents_of_costs(sweep, inputs, tangents)
+
+
+def _tangents_of_costs(sweep, inputs, tangents):
+    """By a sweep whose blocks take the tangents of their logits, and of these those of the costs."""
+    tangents = {name: tangent for name, tangent in tangents._asdict().items() if tangent is not None}
+
+    def costs(moving):
+        return sharded(sweep, (), inputs._replace(**moving), {})[0].costs
+
+    return jax.jvp(costs, ({name: getattr(inputs, name) for name in tangents},), (tangents,))[1]
+
+
+_linear_costs.defvjp(_linear_costs_fwd, _linear_costs_bwd, symbolic_zeros=True)
+linear_costs = with_forward_mode(_linear_costs, _linear_costs_tangent, True, depends_on_devices)
 
 
 # --- their total: one sweep takes it and its gradients, which are kept for the backward pass --------------------------
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def linear_total(sweep, inputs: Inputs, coefficients: dict[str, Array]) -> tuple[Array, Swept]:
+def _linear_total(sweep, inputs: Inputs, coefficients: dict[str, Array]) -> tuple[Array, Swept]:
     """(the sum of the costs with these coefficients, the costs and statistics, which carry no gradient)."""
     swept = sharded(sweep, (), inputs, {})[0]
     return jnp.sum(weigh(coefficients, swept.costs)), swept
 
 
 class Residuals(NamedTuple):
+    inputs: Inputs  # for tangents alone
     differentiated: Inputs  # as of `_values`
     gradients: dict[str, Any]  # of the total, for each input; those that are not differentiated are empty
     coefficients: dict[str, Array]
@@ -96,17 +106,32 @@ def _linear_total_fwd(sweep, primals, coefficients):
     coefficients = jax.tree.map(lambda c: c.value, coefficients)
     swept, grads = sharded(sweep, _names(differentiated), inputs, coefficients)
     grads = {name: grads.get(name, like) for name, like in differentiated._asdict().items() if like is not None}
-    residuals = Residuals(differentiated, grads, coefficients, swept.costs)
+    residuals = Residuals(inputs, differentiated, grads, coefficients, swept.costs)
     return (jnp.sum(weigh(coefficients, swept.costs)), swept), residuals
 
 
 # With coefficients c and costs of the inputs x, total = sum of c[i] cost[i](x). So d total / dx is the sweep's gradient
 # for these coefficients, whatever the cotangent, which multiplies it; and d total / dc[i] = cost[i].
 def _linear_total_bwd(sweep, residuals, cotangents):
-    factor = _array(cotangents[0])
+    factor = cotangents[0]
     _, pull = jax.vjp(lambda c: jnp.sum(weigh(c, residuals.costs)), residuals.coefficients)
     grads = _gradients(residuals.differentiated, residuals.gradients, shared_cotangent(factor, sweep.form.shards))
     return grads, pull(factor)[0]
 
 
-linear_total.defvjp(_linear_total_fwd, _linear_total_bwd, symbolic_zeros=True)
+# Not by the gradients that are there: the gradients of this tangent would add numbers that cancel.
+def _linear_total_tangent(sweep, residuals, of_inputs, of_coefficients):
+    coefficients = {name: c for name, c in of_coefficients.items() if c is not None}
+    tangents = {"costs": {}, "coefficients": coefficients}
+    if any(tangent is not None for tangent in of_inputs):
+        tangents["costs"] = _tangents_of_costs(sweep, residuals.inputs, of_inputs)
+
+    def weighed(moving):
+        return jnp.sum(weigh(residuals.coefficients | moving["coefficients"], residuals.costs | moving["costs"]))
+
+    at = {part: {name: getattr(residuals, part)[name] for name in moving} for part, moving in tangents.items()}
+    return jax.jvp(weighed, (at,), (tangents,))[1]
+
+
+_linear_total.defvjp(_linear_total_fwd, _linear_total_bwd, symbolic_zeros=True)
+linear_total = with_forward_mode(_linear_total, _linear_total_tangent, True, depends_on_devices)

@@ -1,5 +1,7 @@
 """`next_token_labels`: labels of a language model."""
 
+from __future__ import annotations
+
 from functools import partial
 
 import jax
@@ -8,9 +10,14 @@ from jaxtyping import Array, Int
 
 from jxent._core.shards import by_compiler
 from jxent._loss import checks
+from jxent._loss.annotations import ArrayLike
+from jxent._loss.names import known_names
 
 
-def next_token_labels(tokens: Int[Array, "*batch length"], *, ignore_index: int = -100) -> Int[Array, "*batch length"]:
+@known_names
+def next_token_labels(
+    tokens: Int[ArrayLike, "*batch length"], *, ignore_index: int = -100
+) -> Int[Array, "*batch length"]:
     """Labels of a language model: each token's label is the next token, and the last one is ignored.
 
     The labels keep the tokens' length, so that hidden states and logits need no slicing, which would break their

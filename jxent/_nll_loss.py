@@ -1,5 +1,7 @@
 """`nll_loss`: the loss of log-probabilities."""
 
+from __future__ import annotations
+
 from functools import partial
 
 import jax
@@ -8,28 +10,32 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jxent._core import targets
-from jxent._core.costs import CostInputs, ProbabilityLabel, Scalars
+from jxent._core.costs import CostInputs, Moved, ProbabilityLabel, Scalars
+from jxent._core.forward_mode import with_forward_mode
 from jxent._core.labels import at_label, by_index, clipped, out_of_range
-from jxent._core.passes import Arrays, Passes
-from jxent._core.rule import like_inputs, summed_up
+from jxent._core.passes import Arrays, Moving, Passes
+from jxent._core.rule import counted, like_inputs, summed_up
 from jxent._core.shards import each_shards_own, local_index, sharded_like, shared_cotangent
 from jxent._core.weights import along
-from jxent._loss import checks
-from jxent._loss.axis_names import AxisName, mesh_axes
-from jxent._loss.loss import loss_of
+from jxent._loss import checks, label_checks
+from jxent._loss.annotations import ArrayLike, AxisName, Reduction
+from jxent._loss.axis_names import loss_axes
+from jxent._loss.loss import placed_loss_of
+from jxent._loss.names import known_names
 from jxent._loss.options import Weights, options_of
 
 
+@known_names
 def nll_loss(
-    log_probs: Float[Array, "*shape"],
-    labels: Int[Array, "*positions"] | Float[Array, "*shape"],
+    log_probs: Float[ArrayLike, "*shape"],
+    labels: Int[ArrayLike, "*positions"] | Float[ArrayLike, "*shape"],
     *,
     axis: int = -1,
-    class_weight: Float[Array, " classes"] | None = None,
-    sample_weight: Float[Array, "*#positions"] | None = None,
-    where: Bool[Array, "*#positions"] | None = None,
-    ignore_index: int = -100,
-    reduction: str = "mean",
+    class_weight: Float[ArrayLike, " classes"] | None = None,
+    sample_weight: Float[ArrayLike, "*#positions"] | None = None,
+    where: Bool[ArrayLike, "*#positions"] | None = None,
+    ignore_index: int | None = -100,
+    reduction: Reduction = "mean",
     axis_name: AxisName | None = None,
     batch_axis_name: AxisName | None = None,
 ) -> Float[Array, "..."]:
@@ -46,10 +52,9 @@ def nll_loss(
       sample_weight: multiplies each position's loss and its share of the mean's denominator; broadcasts to the
         positions.
       where: boolean, broadcasts to the positions; False leaves a position out, whatever it holds.
-      ignore_index: a position with this index label is left out.
+      ignore_index: a position with this index label is left out; None leaves none out.
       reduction: ``"mean"``, ``"sum"`` or ``"none"``, as in `cross_entropy`.
-      axis_name, batch_axis_name: mesh axes of sharded classes and positions inside `jax.shard_map`, as in
-        `cross_entropy`.
+      axis_name, batch_axis_name: mesh axes over which classes and positions are sharded, as in `cross_entropy`.
 
     Returns:
       The loss in float32, or in float64 if an input is: a scalar, or for ``reduction="none"`` the positions' shape.
@@ -67,20 +72,21 @@ def nll_loss(
     Reference: https://docs.pytorch.org/docs/stable/generated/torch.nn.NLLLoss.html
     """
     name = "nll_loss"
-    log_probs, labels, axis = checks.logits_and_labels(name, "log_probs", log_probs, labels, axis)
+    log_probs, labels, axis = label_checks.logits_and_labels(name, "log_probs", log_probs, labels, axis)
     arrays = checks.weights(name, class_weight, sample_weight, where, log_probs, axis)
-    over = mesh_axes(name, axis_name, batch_axis_name, reduction, ("log_probs", log_probs))
+    over = loss_axes(name, "log_probs", log_probs, axis, axis_name, batch_axis_name, reduction)
     options, traced = options_of((name, "log_probs"), axis, labels, over, Scalars(), ignore_index, reduction)
-    return loss_of(options, _costs, log_probs, labels, Weights(*arrays, traced))
+    return placed_loss_of(over.placement, options, _costs, log_probs, labels, Weights(*arrays, traced))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _costs(form, inputs: CostInputs):
+def _rule(form, inputs: CostInputs):
     """({"label": -log p of the label, or the sum of q w * -log p}, {}), of which `inputs.logits` are the log p."""
     return _costs_fwd(form, inputs)[0]
 
 
 def _costs_fwd(form, inputs):
+    inputs = counted(inputs)
     cost = (_index_cost if by_index(inputs.labels) else _probability_cost)(form, inputs)
     return ({"label": each_shards_own(cost, form.shards, inputs.first)}, {}), inputs
 
@@ -88,9 +94,14 @@ def _costs_fwd(form, inputs):
 def _index_cost(form, inputs):
     axis, labels = form.axis, inputs.labels
     classes = inputs.logits.shape[axis] * form.shards.number
-    index = local_index(clipped(labels, classes, axis), inputs.first)
-    cost = -at_label(inputs.logits, index, axis, form.shards.axis_name).astype(inputs.dtype)
+    cost = -_at_label(form, inputs, inputs.logits)
     return jnp.where(out_of_range(jnp.expand_dims(labels, axis), classes), jnp.nan, cost)
+
+
+def _at_label(form, inputs, values):
+    axis, classes = form.axis, values.shape[form.axis] * form.shards.number
+    index = local_index(clipped(inputs.labels, classes, axis), inputs.first)
+    return at_label(values, index, axis, form.shards.axis_name).astype(inputs.dtype)
 
 
 def _probability_cost(form, inputs):
@@ -112,7 +123,7 @@ def _costs_bwd(form, inputs, cotangents):
     def of_index(c, cotangent, labels):
         index = lax.broadcasted_iota(labels.dtype, inputs.logits.shape, axis) == local_index(labels, inputs.first)
         # 0 by way of the log-probabilities, of whose sharding the compiler would know nothing otherwise.
-        zero = jnp.where(c.log_p < 0, jnp.zeros((), cotangent.dtype), 0)
+        zero = jnp.where(c.log_p < 0, jnp.zeros_like(inputs.logits, cotangent.dtype), 0)
         grad = jnp.where(sharded_like(index, inputs.logits), -cotangent, zero)
         return jnp.where(out_of_range(labels, classes), jnp.nan, grad), None, None
 
@@ -129,4 +140,15 @@ def _costs_bwd(form, inputs, cotangents):
     return (like_inputs(summed_up(form, inputs, *grads), inputs),)
 
 
-_costs.defvjp(_costs_fwd, _costs_bwd)
+def _costs_tangent(form, inputs, moving):
+    if by_index(inputs.labels):
+        return {"label": -_at_label(form, inputs, moving.logits)}
+    passes = _passes(form, inputs, None)
+    weight = along(moving.class_weight, inputs.logits.ndim, form.axis, inputs.dtype)
+    still = jnp.sum(jnp.zeros_like(inputs.logits, inputs.dtype), form.axis, keepdims=True)
+    passes.moving(Moving(moving.logits, moving.labels, weight, reference=still))
+    return {"label": ProbabilityLabel().tangent(passes, None, Moved(still, None, still))}
+
+
+_rule.defvjp(_costs_fwd, _costs_bwd)
+_costs = with_forward_mode(_rule, _costs_tangent)

@@ -7,7 +7,8 @@ whole grids. What the short run leaves out is marked where it stands, in one of 
 - `@pytest.mark.covering` on a test of several parameters: the short run takes so many of its cases that each value of
   each parameter occurs (with `pairs=True` each two values), besides those whose ids are given as arguments.
 
-They are deselected, not skipped, and counted in the summary.
+They are deselected, not skipped, and counted in the summary. `--left-out` runs them alone, and properties again with
+more examples, so that the two runs one after the other are the whole grids.
 """
 
 import gc
@@ -37,13 +38,14 @@ LEFT_OUT = pytest.StashKey[int]()
 
 def pytest_addoption(parser):
     parser.addoption("--exhaustive", action="store_true", help="run the whole grids, and not a few cases of each")
+    parser.addoption("--left-out", action="store_true", help="run what --exhaustive has besides the short run, alone")
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "exhaustive: a case for --exhaustive alone")
     config.addinivalue_line("markers", "covering(*ids, pairs=False): of these cases the short run takes a covering set")
     config.stash[LEFT_OUT] = 0
-    exhaustive = config.getoption("--exhaustive")
+    exhaustive = config.getoption("--exhaustive") or config.getoption("--left-out")
     profile = os.environ.get("HYPOTHESIS_PROFILE", "exhaustive" if exhaustive else "short")
     hypothesis.settings.load_profile(profile)
     if not exhaustive:
@@ -54,11 +56,14 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(config, items):
     if config.getoption("--exhaustive"):
         return
-    kept = grids.short_run(items)
-    left_out = [item for item in items if item not in kept]
+    taken = grids.short_run(items)
+    if config.getoption("--left-out"):
+        taken = {item for item in items if item not in taken or hypothesis.is_hypothesis_test(item.obj)}
+    kept = [item for item in items if item in taken]
+    left_out = [item for item in items if item not in taken]
     config.stash[LEFT_OUT] = len(left_out)
     config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if item in kept]
+    items[:] = kept
 
 
 # With pytest-xdist the workers select, all of them the same, and the process that reports has to be told.
@@ -73,7 +78,7 @@ def pytest_testnodedown(node):
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    if number := config.stash[LEFT_OUT]:
+    if (number := config.stash[LEFT_OUT]) and not config.getoption("--left-out"):
         terminalreporter.write_line(f"{number} more cases run with --exhaustive")
 
 

@@ -146,3 +146,25 @@ def logit_gradient(logits, labels):
     loss = -np.take_along_axis(log_p, at_label, -1)
     np.put_along_axis(gradient, at_label, np.expm1(-loss), -1)
     return gradient
+
+
+class Derivatives(NamedTuple):
+    """Along v, each with the sum of its terms' magnitudes, of which it may be what is left."""
+
+    tangent: np.ndarray  # of the loss of each position
+    tangent_terms: np.ndarray
+    product: np.ndarray  # the loss's Hessian times v
+    product_terms: np.ndarray
+
+
+def derivatives(logits, labels, v, label_smoothing=0.0, arithmetic=Float64):
+    """For index labels. With u = v - v[top] nothing cancels but what u itself has of both signs."""
+    a = arithmetic
+    p = a.exp(normalized(logits, a)[0])
+    top = np.argmax(a.array(logits), -1)[..., None]
+    u = a.array(v) - np.take_along_axis(a.array(v), top, -1)
+    smoothing = a.array(label_smoothing)
+    share = (1 - smoothing) * a.array(one_hot(labels, p.shape[-1])) + smoothing / p.shape[-1]
+    mean, size = (p * u).sum(-1, keepdims=True), (p * abs(u)).sum(-1, keepdims=True)
+    tangent, terms = mean - (share * u).sum(-1, keepdims=True), size + (share * abs(u)).sum(-1, keepdims=True)
+    return Derivatives(tangent[..., 0], terms[..., 0], p * (u - mean), p * (abs(u) + size))

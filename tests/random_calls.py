@@ -373,6 +373,7 @@ def bound(config, name):
 def judge(config, values, got, want):
     """Name -> the largest error, as a fraction of the bound; inf for a wrong NaN or infinity, or a number for one."""
     worst = {}
+    loss, loss_scale, *_ = want["loss"]
     for name, (value, scale, slack, lost) in want.items():
         result = np.asarray(got[name], np.float64)
         if name == "prediction":
@@ -383,7 +384,15 @@ def judge(config, values, got, want):
             error = np.abs(result - value) / (bound(config, name) * slack * scale + lost)
         same = (result == value) | (np.isnan(result) & np.isnan(value))
         error = np.where(same, 0, np.where(np.isfinite(error), error, np.inf))
-        overflows = np.isfinite(value) & (np.maximum(np.abs(value), scale) > float(kind.max) / 4)
-        of_infinite = name.startswith("d ") & ~np.isfinite(value)  # the gradient of an infinite loss
-        worst[name] = float(np.where(overflows | of_infinite, 0, error).max(initial=0))
+        excused = _overflows(kind, value, scale)
+        if name.startswith("d "):
+            excused |= ~np.isfinite(value)  # the gradient of an infinite loss
+        if config.reduction == "mean" and name in ("d sample_weight", "d class_weight"):
+            # A mean divides by the weights: its gradient by a weight is a difference from the mean itself.
+            excused |= _overflows(jnp.finfo(got["loss"].dtype), loss, loss_scale)
+        worst[name] = float(np.where(excused, 0, error).max(initial=0))
     return worst
+
+
+def _overflows(kind, value, scale):
+    return np.isfinite(value) & (np.maximum(np.abs(value), scale) > float(kind.max) / 4)

@@ -17,6 +17,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import jxent
+from jxent._loss import reports
 
 N, C, F = 5, 7, 3
 RNG = np.random.default_rng(20240611)
@@ -152,7 +153,8 @@ def label_rows(function, name):
     flat = rows_of(
         function,
         "labels",
-        ("bool", jnp.ones(N, bool), TypeError, kind, "got bool", "astype"),
+        ("bool", jnp.ones(N, bool), TypeError, kind, "got bool", r"convert them with .astype\(jnp\.int32\)$"),
+        ("bool-one-hot", jnp.ones((N, C), bool), TypeError, kind, "got bool", r"one-hot.*\.astype\(jnp\.float32\)$"),
         ("complex", jnp.ones(N, jnp.complex64), TypeError, kind, "got complex64"),
         ("float8", jnp.ones((N, C), jnp.float8_e4m3fn), TypeError, kind, "got float8_e4m3fn"),
         ("none", None, TypeError, "must be an array", "got None"),
@@ -179,7 +181,16 @@ def label_rows(function, name):
         ("last-layout", ints(2, 3), ValueError, index, r"got \(2, 3\)", "axis=-1"),
         **{name: floats(2, 3, C), "axis": 1},
     )
-    return flat + torch_layout + last_layout
+    two_classes = r"binary problem.*logits=jnp\.stack\(\[jnp\.zeros_like\(x\), x\], -1\)"
+    binary = rows_of(
+        function, "labels", ("binary", ints(N), ValueError, index, rf"got \({N},\)", two_classes), **{name: floats(N)}
+    ) + rows_of(
+        function,
+        "labels",
+        ("binary-column", ints(N, 1), ValueError, index, rf"got \({N}, 1\)", two_classes, r"x = logits\[\.\.\., 0\]"),
+        **{name: floats(N, 1)},
+    )
+    return flat + torch_layout + last_layout + binary
 
 
 def weight_rows(function):
@@ -189,7 +200,6 @@ def weight_rows(function):
         rows_of(
             function,
             "class_weight",
-            ("int", ints(C), TypeError, floating, "got int32", "astype"),
             ("bool", jnp.ones(C, bool), TypeError, floating, "got bool", "astype"),
             ("text", "balanced", TypeError, "must be an array", "got 'balanced'"),
             ("short", floats(C - 1), ValueError, classes, rf"got .*\({C - 1},\)"),
@@ -228,7 +238,6 @@ def option_rows(function):
             "ignore_index",
             ("float", -100.0, TypeError, integer, "got -100.0"),
             ("bool", True, TypeError, integer, "got True"),
-            ("none", None, TypeError, integer, "got None"),
             ("text", "pad", TypeError, integer, "got 'pad'"),
             ("array", jnp.int32(0), TypeError, integer, "got ", STATIC),
         )
@@ -241,7 +250,7 @@ def option_rows(function):
         + rows_of(
             function,
             "reduction",
-            ("none", None, TypeError, "'mean', 'sum', 'none'", "got None"),
+            ("none", None, TypeError, "'mean', 'sum', 'none'", "got None", 'pass "none"'),
             ("flag", True, TypeError, "'mean', 'sum', 'none'", "got True"),
             ("array", jnp.int32(0), TypeError, "'mean', 'sum', 'none'", "got ", STATIC),
             ("unknown", "avg", ValueError, "'mean', 'sum', 'none'", "got 'avg'"),
@@ -340,7 +349,6 @@ def linear_rows():
             ("too-small", -3, ValueError, "must be -1 or 0", "got -3"),
             ("float", 0.0, TypeError, integer, r"got 0.0 \(float\)"),
             ("bool", False, TypeError, integer, "got False"),
-            ("none", None, TypeError, integer, "got None"),
             ("array", jnp.int32(0), TypeError, integer, "got ", STATIC),
         )
         + label_rows(function, None)
@@ -406,7 +414,7 @@ def next_token_rows():
 
 
 def mesh_axis_rows(function, *arguments):
-    """Of axes that are not in scope; tests/test_sharding.py has what can be wrong inside `shard_map`."""
+    """Of axes that are not in scope; tests/test_sharding.py has what can be wrong on a mesh and inside `shard_map`."""
     scope = "names no axis in scope"
     return [
         row
@@ -414,11 +422,11 @@ def mesh_axis_rows(function, *arguments):
         for row in rows_of(
             function,
             argument,
-            ("unknown", "vocab", ValueError, f"='vocab' {scope}", "jax.shard_map", "need no argument"),
-            ("unknown-tuple", ("a", "b"), ValueError, scope, "jax.shard_map"),
+            ("unknown", "vocab", ValueError, f"='vocab' {scope}"),
+            ("unknown-tuple", ("a", "b"), ValueError, scope),
             ("twice", ("a", "a"), ValueError, "must not name an axis twice", "got"),
             ("integer", 0, TypeError, "must be the name of a mesh axis", "got 0"),
-            ("spec", jax.sharding.PartitionSpec("a"), TypeError, "must be the name of a mesh axis", "got"),
+            ("spec-in-tuple", (jax.sharding.PartitionSpec("a"),), TypeError, "must be the name of a mesh axis", "got"),
             ("unhashable", {"a": 1}, TypeError, "must be the name of a mesh axis", "got"),
         )
     ]
@@ -489,8 +497,57 @@ def test_good_call_raises_nothing(function):
 def test_options_are_keyword_only(function):
     arrays = list(good(function).values())
     extra = {"logsumexp": [1], "softmax": [1], "log_softmax": [1]}.get(function, [])
-    with pytest.raises(TypeError, match="positional argument"):
+    with pytest.raises(
+        TypeError, match=rf"^{function}: takes .* by position, got {len(arrays) + len(extra) + 1}; options"
+    ):
         getattr(jxent, function)(*arrays, *extra, None)
+
+
+NAMES = {
+    LINEAR: {"input": "hidden", "linear_weight": "kernel", "linear_bias": "bias", "chunk_size": "block_size"},
+    "cross_entropy": {
+        **{"input": "logits", "target": "labels", "weight": "class_weight", "dim": "axis", "mask": "where"},
+        **{"weights": "sample_weight", "pad_token_id": "ignore_index", "size_average": "reduction"},
+        **{"label_smooth": "label_smoothing", "z_loss": "z_loss_weight", "softcap": "logit_softcap"},
+    },
+    "nll_loss": {"input": "log_probs", "weight": "class_weight", "lables": "labels"},
+    "log_softmax": {"dim": "axis", "input": "logits"},
+    "logsumexp": {"keepdim": "keepdims"},
+    "next_token_labels": {"input": "tokens", "pad_token_id": "ignore_index"},
+}
+
+
+@pytest.mark.parametrize(
+    ("function", "there", "here"), [(f, there, here) for f, names in NAMES.items() for there, here in names.items()]
+)
+def test_a_name_of_another_library(function, there, here):
+    with pytest.raises(TypeError, match=rf"^{function}: there is no argument {there}; it is called {here} here"):
+        getattr(jxent, function)(**good(function) | {there: 1})
+
+
+def test_an_unknown_name():
+    with pytest.raises(
+        TypeError, match=r"^softmax: there is no argument colour; it has logits, axis, where, axis_name$"
+    ):
+        jxent.softmax(LOGITS, colour=1)
+
+
+@pytest.mark.parametrize("function", [*LOSSES, LINEAR])
+def test_class_weights_without_a_fraction(function):
+    loss = loss_of(function)
+    weights = RNG.integers(1, 4, C)
+    expected = loss(LOGITS, LABELS, class_weight=weights.astype(np.float32))
+    np.testing.assert_array_equal(loss(LOGITS, LABELS, class_weight=weights), expected)
+    np.testing.assert_array_equal(loss(LOGITS, LABELS, class_weight=weights.tolist()), expected)
+
+
+@pytest.mark.parametrize("function", [*LOSSES, LINEAR])
+def test_no_label_is_ignored(function):
+    loss = partial(loss_of(function), ignore_index=None, reduction="none")
+    plain = partial(loss_of(function), reduction="none")
+    np.testing.assert_allclose(loss(LOGITS, LABELS), plain(LOGITS, LABELS), rtol=1e-6)
+    np.testing.assert_array_equal(np.isnan(loss(LOGITS, with_label(-100, "int32"))), np.arange(N) == BAD)
+    np.testing.assert_allclose(loss(LOGITS, PROBABILITIES), plain(LOGITS, PROBABILITIES), rtol=1e-6)
 
 
 # --- good input that looks like bad input -----------------------------------------------------------------------------
@@ -800,8 +857,7 @@ def test_checkify_names_a_value_that_is_not_finite(function, value):
         if value == -np.inf and function != LINEAR:
             assert error.get() is None
         else:
-            index = r"\[3\]" if how == "vmap" else rf"\[{BAD} 3\]"
-            with pytest.raises(checkify.JaxRuntimeError, match=rf"^{function}: {name} has {value} at {index}"):
+            with pytest.raises(checkify.JaxRuntimeError, match=rf"^{function}: {name} has {value} at \[{BAD} 3\]"):
                 error.throw()
     run = checked(summed_loss(function, where=jnp.arange(N) != BAD))
     assert run(scores, jnp.asarray(LABELS))[0].get() is None
@@ -819,6 +875,27 @@ def test_checkify_names_parameters_that_are_not_finite(name):
         assert checked(jxent.linear_cross_entropy)(**arrays | {"bias": floats(C).at[4].set(-jnp.inf)})[0].get() is None
 
 
+def test_checkify_where_masks_are_mapped():
+    """Of logits that all examples share, and of masks that they share; what no example counts is not reported."""
+    logits = LOGITS.copy()
+    logits[BAD, 3] = np.nan
+    masks = np.arange(N) != np.array([[BAD], [0]])
+
+    def loss(logits, where):
+        return jxent.cross_entropy(logits, LABELS, where=where)
+
+    def error(in_axes, *arrays):
+        return checked(jax.vmap(loss, in_axes))(*arrays)[0].get()
+
+    assert f"logits has nan at [{BAD} 3]" in error((None, 0), logits, masks)
+    assert error((None, 0), logits, masks[[0, 0]]) is None
+    both = np.stack([LOGITS, logits])
+    with jax.numpy_rank_promotion("raise"):
+        assert f"logits has nan at [1 {BAD} 3]" in error((0, None), both, masks[1])
+    assert f"logits has nan at [1 {BAD} 3]" in error((0, -1), both, masks[[0, 1]].T)
+    assert error((0, None), both, masks[0]) is None
+
+
 def test_checkify_counts_no_position_beyond_an_int32():
     """Of 2**32 logits the position of the first bad one is looked for axis by axis."""
     shapes = jax.ShapeDtypeStruct((2**20, 2**12), jnp.float32), jax.ShapeDtypeStruct((2**20,), jnp.int32)
@@ -828,29 +905,38 @@ def test_checkify_counts_no_position_beyond_an_int32():
 
 
 @pytest.mark.parametrize("function", [*LOSSES, LINEAR])
-def test_checkify_leaves_probabilities_alone(function):
-    assert checked(summed_loss(function))(LOGITS, PROBABILITIES)[0].get() is None
-    bad = np.where(np.eye(N, C, 2) > 0, np.nan, PROBABILITIES)
-    with pytest.raises(checkify.JaxRuntimeError, match=rf"^{function}: labels has nan at \[0 2\]"):
-        checked(summed_loss(function))(LOGITS, bad)[0].throw()
+def test_checkify_names_labels_that_are_no_probabilities(function):
+    """Unless their position does not count; what rounding makes of probabilities is nothing to report."""
+    loss = summed_loss(function)
+
+    def named(change, said):
+        bad = PROBABILITIES.copy()
+        bad[BAD] = change(bad[BAD])
+        for run in (checked(loss), checked(over_examples(loss)), jax.jit(checked(jax.grad(loss)))):
+            with pytest.raises(checkify.JaxRuntimeError, match=rf"^{function}: labels {said}"):
+                run(LOGITS, bad)[0].throw()
+        assert checked(summed_loss(function, where=np.arange(N) != BAD))(LOGITS, bad)[0].get() is None
+
+    named(lambda row: np.where(np.arange(C) == 3, np.nan, row), rf"has nan at \[{BAD} 3\]")
+    named(lambda row: np.where(np.arange(C) == 3, -0.25, row), rf"are .* one is -0\.25, at \[{BAD} 3\]")
+    named(lambda row: 0.75 * row, rf"are .* sum to 0\.75\d* instead of 1, at \[{BAD}\]")
+    for dtype in ("float16", "bfloat16", "float32"):
+        assert checked(loss)(LOGITS, jnp.asarray(PROBABILITIES, dtype))[0].get() is None
 
 
+@pytest.mark.parametrize("labels", [LABELS, PROBABILITIES], ids=["index", "probabilities"])
 @pytest.mark.parametrize("function", [*LOSSES, LINEAR])
-def test_without_checkify_the_check_costs_nothing(function, monkeypatch):
-    """No effect, no callback, no output in the program: the loss alone, and its cost without the check."""
+def test_without_checkify_the_check_costs_nothing(function, labels, monkeypatch):
+    """It is in the jaxpr, without an effect, and nothing of it is in the program."""
     call = jax.jit(summed_loss(function))
-    traced = call.trace(LOGITS, with_label(C - 1, "int32"))
-    lowered = traced.lower()
-    assert " check[" in str(traced.jaxpr)  # of the jaxpr it is a part,
-    text = lowered.as_text() + lowered.compile().as_text()
-    assert "out of range" not in text  # but not of the program.
-    assert "callback" not in text
-    assert jax.tree.structure(lowered.out_info).num_leaves == 1
+    traced = call.trace(LOGITS, labels)
+    assert "jxent_reported" in str(traced.jaxpr)
+    assert not traced.jaxpr.effects
     jax.clear_caches()
-    monkeypatch.setattr(checkify, "debug_check", lambda *args, **values: None)
-    unchecked = call.trace(LOGITS, with_label(C - 1, "int32"))
-    assert " check[" not in str(unchecked.jaxpr)
-    assert unchecked.lower().compile().cost_analysis() == lowered.compile().cost_analysis()
+    monkeypatch.setattr(reports, "_reported", lambda report, labels, array, keep=None: labels)
+    unchecked = call.trace(LOGITS, labels)
+    assert "jxent_reported" not in str(unchecked.jaxpr)
+    assert unchecked.lower().compile().cost_analysis() == traced.lower().compile().cost_analysis()
     jax.clear_caches()
 
 

@@ -10,10 +10,12 @@ from functools import partial
 import chex
 import jax
 import jax.numpy as jnp
+import mpmath
 import numpy as np
 import oracle
 import pytest
 from compiling import optimized
+from grids import short
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -166,6 +168,77 @@ def test_float64(classes):
     # Half an ulp of 64 in float64 is 3.6e-15; as above, with the oracle's own rounding.
     assert worst(value, loss) < 2e-14
     assert worst(gradient, oracle.logit_gradient(logits, labels)) < 2e-14
+
+
+def off(got, want, terms):
+    """Largest error in units of the terms' magnitudes, where float32 can hold those as normal numbers."""
+    got, want, terms = (np.asarray(a, np.float64) for a in (got, want, terms))
+    judged = terms >= SMALLEST
+    assert judged.any()
+    return np.max(np.abs(got - want)[judged] / terms[judged])
+
+
+def along(losses, logits, v):
+    """(the losses' tangents along v, the Hessian of their sum times v, forwards over reverse and the other way)."""
+
+    def total(x):
+        return jnp.sum(losses(x))
+
+    def tangent(x):
+        return jax.jvp(total, (x,), (v,))[1]
+
+    return (
+        jax.jvp(losses, (logits,), (v,))[1],
+        jax.jvp(jax.grad(total), (logits,), (v,))[1],
+        jax.grad(tangent)(logits),
+    )
+
+
+def second_derivatives(logits, labels, one_hot, v):
+    eye = jnp.eye(len(labels), dtype=logits.dtype)  # the hidden states: logits are the kernel's entries
+
+    def linear(reduction):
+        return lambda x: jxent.linear_cross_entropy(eye, x, labels, reduction=reduction, block_size=32)
+
+    losses = {
+        "index labels": lambda x: jxent.cross_entropy(x, labels, reduction="none"),
+        "smoothed": lambda x: jxent.cross_entropy(x, labels, label_smoothing=0.1, reduction="none"),
+        "one-hot labels": lambda x: jxent.cross_entropy(x, one_hot, reduction="none"),
+        "log_softmax, nll_loss": lambda x: jxent.nll_loss(jxent.log_softmax(x), labels, reduction="none"),
+        "linear": linear("none"),
+        "linear, sum": linear("sum"),
+    }
+    return {name: along(loss, logits, v) for name, loss in losses.items()}
+
+
+def assert_exact(logits, labels, bound, arithmetic=oracle.Float64):
+    """Tangents within the bound, Hessian-vector products within twice that."""
+    classes = logits.shape[-1]
+    v = np.random.default_rng(classes).normal(size=logits.shape).astype(logits.dtype)
+    one_hot = oracle.one_hot(labels, classes).astype(logits.dtype)
+    found = optimized(second_derivatives)(logits, labels, one_hot, v)
+    for name, (tangent, *products) in found.items():
+        want = oracle.derivatives(logits, labels, v, 0.1 if name == "smoothed" else 0.0, arithmetic)
+        if name == "linear, sum":
+            assert off([tangent], [want.tangent.sum()], [want.tangent_terms.sum()]) < bound, name
+        else:
+            assert off(tangent, want.tangent, want.tangent_terms) < bound, name
+        for product in products:
+            assert off(product, want.product, want.product_terms) < 2 * bound, name
+
+
+@pytest.mark.covering
+@pytest.mark.parametrize("offset", [-300.0, 0.0, 1e4])
+@pytest.mark.parametrize("classes", [2, 1000, 50257])
+def test_tangents_and_second_derivatives(classes, offset):
+    assert_exact(*rows(classes, offset), BOUND)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("classes", short((2, 10, 1000), 10))
+def test_tangents_and_second_derivatives_in_float64(classes):
+    with mpmath.workdps(50):
+        assert_exact(*rows(classes, 0.0, np.float64), 1e-12, oracle.Digits)
 
 
 @pytest.mark.covering("index-{'label_smoothing': 0.1}-1000")

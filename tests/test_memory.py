@@ -87,6 +87,27 @@ def test_losses(name, shape, dtype):
     assert temporaries(jax.value_and_grad(loss, has_aux=has_aux), *args) <= 4 * numbers
 
 
+@pytest.mark.covering("index-(2048, 1000)-float32", "index, softcap-(64, 131072)-bfloat16")
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", LOSSES)
+def test_forward_mode(name, shape, dtype):
+    """Numbers for each position, besides the tangent that is given.
+
+    But where a CPU keeps float32 exponentials for a gradient to come (docs/memory.md) it has taken them once.
+    """
+    args, size = arguments(shape, dtype)
+    has_aux = name.endswith(("stats", "everything"))
+
+    def tangent(logits, direction, *rest):
+        return jax.jvp(lambda x: LOSSES[name](x, *rest), (logits,), (direction,), has_aux=has_aux)
+
+    exponentials = name in ("index", "index, weights", "index, none", "index, stats") and dtype == jnp.float32
+    positions, classes = shape
+    numbers = classes + 20 * positions + (256 * positions if classes > 2**15 else 0)
+    assert temporaries(tangent, args[0], *args) <= exponentials * size + 4 * numbers
+
+
 def test_float16_logits_are_copied_once():
     """In float32: XLA:CPU fuses a sum with the upcast of bfloat16, but not with that of float16."""
     (logits, labels, *_), size = arguments((2048, 1000), jnp.float16)
@@ -240,3 +261,27 @@ def test_linear_with_probabilities_copies_no_labels(name):
         (1031,), 16, vocab, jnp.float32, probabilities=True, block_size=block, **LINEAR_OPTIONS[name]
     )
     assert program.memory_analysis().temp_size_in_bytes <= 4 * (4 * block * vocab + 2 * 16 * vocab)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_linear_forward_mode(reduction):
+    """A tangent, and a Hessian-vector product by either order of the modes: a fraction of the logits."""
+    positions, features, vocab = 2048, 64, 16001
+    args = S((positions, features), jnp.float32), S((features, vocab), jnp.float32)
+
+    def loss(hidden, kernel, labels):
+        return jnp.sum(jxent.linear_cross_entropy(hidden, kernel, labels, reduction=reduction, block_size=128))
+
+    def tangent(labels, at, directions):
+        return jax.jvp(lambda *at: loss(*at, labels), at, directions)
+
+    def forward_over_reverse(labels, at, directions):
+        return jax.jvp(lambda *at: jax.grad(loss, (0, 1))(*at, labels), at, directions)[1]
+
+    def reverse_over_forward(labels, at, directions):
+        return jax.grad(lambda *at: tangent(labels, at, directions)[1], (0, 1))(*at)
+
+    block, kernel = 4 * 128 * vocab, 4 * features * vocab
+    for function, blocks in ((tangent, 3), (forward_over_reverse, 5), (reverse_over_forward, 7)):
+        held = temporaries(function, S((positions,), jnp.int32), args, args)
+        assert held <= blocks * block + 4 * kernel < 4 * positions * vocab, function.__name__

@@ -341,3 +341,38 @@ def test_what_an_excluded_position_holds_reaches_nothing(way):
     assert all(np.isfinite(a).all() for a in jax.tree.leaves(got))
     jax.tree.map(np.testing.assert_array_equal, got, run(rows))
     np.testing.assert_array_equal((np.asarray(got[1][0]) == 0).all(-1), out)
+
+
+# https://github.com/jax-ml/jax/issues/40344, https://github.com/jax-ml/jax/issues/40384,
+# https://github.com/jax-ml/jax/issues/40386
+# Derivatives of `jax.nn.softmax` and `jax.nn.log_softmax` are 0 at the largest logit, and not at the others.
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("margin", [37.42994775023705, 40.0])
+def test_derivatives_of_a_confident_row_sum_to_0(margin):
+    """In every mode and order; what `jax.nn` gives stands beside it, so that one sees when it has been mended."""
+    x, v = jnp.array([margin, 0.0]), jnp.array([1.0, 0.0])
+    tail = np.exp(-margin) / (1 + np.exp(-margin)) ** 2  # p (1 - p), p being that of either class
+    want = np.array([tail, -tail])
+
+    def derivatives(module):
+        def at_top(x):
+            return module.softmax(x)[0]
+
+        def log_at_top(x):
+            return module.log_softmax(x)[0]
+
+        def gradient_of_loss(x):
+            return jax.grad(lambda x: -log_at_top(x))(x)
+
+        return {
+            "softmax, backwards": jax.grad(at_top)(x),
+            "softmax, forwards": jax.jacfwd(at_top)(x),
+            "log_softmax, backwards": jax.grad(log_at_top)(x) * jnp.exp(log_at_top(x)),
+            "log_softmax, forwards": jax.jacfwd(log_at_top)(x) * jnp.exp(log_at_top(x)),
+            "Hessian of the loss": jax.jvp(gradient_of_loss, (x,), (v,))[1],
+        }
+
+    ours, theirs = jax.jit(lambda: (derivatives(jxent), derivatives(jax.nn)))()
+    for name, got in ours.items():
+        np.testing.assert_allclose(got, want, rtol=1e-13, err_msg=name)
+        assert theirs[name][0] == 0, name  # all digits lost

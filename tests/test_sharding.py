@@ -1,13 +1,15 @@
 """Sharded losses: those of one device, to 1e-10 in float64, and nothing gathered that need not be.
 
-Three ways: plain `jit` on sharded arrays, for mesh axes of both types; `axis_name` and `batch_axis_name` inside
-`shard_map`, with and without its replication check, and inside `vmap`; and several processes.
+Four ways: plain `jit` on sharded arrays, for mesh axes of both types; `axis_name` and `batch_axis_name` of the mesh in
+use; the same inside `shard_map`, with and without its replication check, and inside `vmap`; and several processes.
 """
 
+import contextlib
 import os
 import socket
 import subprocess
 import sys
+import warnings
 from functools import partial
 
 import chex
@@ -190,12 +192,21 @@ def specs_of(layout):
     }
 
 
-def run(name, layout, mode, **jit_options):
-    """(result, the program, the sharded arrays)."""
-    f, wrt = value_and_grad(name)
-    mesh, specs = mesh_of(mode, **LAYOUTS[layout][0]), specs_of(layout)
+def axes_of(name, layout):
+    """The options that name the mesh axes of a layout."""
+    specs = specs_of(layout)
+    classes = {"axis_name": specs["logits"][2]}
+    return classes if name in ("logsumexp", *SOFTMAXES) else classes | {"batch_axis_name": specs["labels"]}
+
+
+def run(name, layout, mode):
+    """(result, the program, the sharded arrays). Mode "Named": `Auto` axes that the call names."""
+    f, wrt = value_and_grad(name, **(axes_of(name, layout) if mode == "Named" else {}))
+    mesh, specs = mesh_of("Auto" if mode == "Named" else mode, **LAYOUTS[layout][0]), specs_of(layout)
     arrays = [put(mesh, COTANGENTS, specs["labels"]), *(put(mesh, ARRAYS[a], specs[a]) for a in CALLS[name][1])]
-    program = jax.jit(jax.value_and_grad(f, wrt), **jit_options).lower(*arrays).compile()
+    # As a training step has it: the gradients are sharded as the parameters are.
+    shardings = {"out_shardings": (None, tuple(arrays[i].sharding for i in wrt))} if mode == "Named" else {}
+    program = jax.jit(jax.value_and_grad(f, wrt), **shardings).lower(*arrays).compile()
     return program(*arrays), program, arrays
 
 
@@ -203,8 +214,9 @@ def run(name, layout, mode, **jit_options):
     "nll_loss-batch, sequence, vocabulary-Explicit",
     "nll_loss-probabilities-batch, sequence, vocabulary-Explicit",
     "cross_entropy-all-batch, sequence, vocabulary-Explicit",
+    "cross_entropy-probabilities-batch, sequence, vocabulary-Named",
 )
-@pytest.mark.parametrize("mode", ["Auto", "Explicit"])
+@pytest.mark.parametrize("mode", ["Auto", "Explicit", "Named"])
 @pytest.mark.parametrize("layout", ["batch and sequence", "vocabulary", "batch, sequence, vocabulary"])
 @pytest.mark.parametrize("name", [name for name in CALLS if "linear" not in name])
 def test_logits_under_jit(expected, name, layout, mode):
@@ -237,14 +249,35 @@ def test_linear_under_jit(expected, name, layout, mode):
     assert_nothing_else_moves(program.as_text(), layout)
 
 
+@pytest.mark.covering
+@pytest.mark.parametrize(
+    "layout",
+    ["batch, sequence, vocabulary", "FSDP and vocabulary", "FSDP of the vocabulary", "vocabulary, then FSDP of it"],
+)
+@pytest.mark.parametrize("name", ["linear-all", "linear-probabilities", "linear-recompute", "linear-none"])
+def test_linear_with_named_axes(expected, name, layout):
+    """XLA:CPU sums gradients where others scatter them: tests/test_tpu_compiler.py looks at that."""
+    (value, grads), program, _ = run(name, layout, "Named")
+    assert_equal((value, grads), expected[name])
+    found = numbers_alone_in_the_loop(program.as_text(), layout)
+    gathered = sum(c.size for c in found if c.kind == "all-gather" and c.size >= KERNEL.size // 8)
+    assert gathered <= sum(size for kind, size in MOVED.get(layout, []) if kind == "all-gather")
+
+
 def assert_nothing_else_moves(text, layout):
-    """Than `MOVED`, and in the loop numbers per position; `block_size` counts the positions of all devices."""
+    """Than `MOVED`, outside of the loop."""
+    found = numbers_alone_in_the_loop(text, layout)
+    large = sorted((c.kind, c.size) for c in found if c.size >= KERNEL.size // 8 and c.kind != "all-reduce")
+    assert large == MOVED.get(layout, [])
+
+
+def numbers_alone_in_the_loop(text, layout):
+    """The collectives: in the loop only numbers per position. `block_size` counts the positions of all devices."""
     found = collectives(text)
     local_block = BLOCK // int(np.prod([LAYOUTS[layout][0].get(a, 1) for a in ("data", "sequence")]))
     assert " while(" in text  # or there would be one block, of more positions
     assert all(c.kind == "all-reduce" and c.size <= local_block for c in found if c.in_loop), found
-    large = sorted((c.kind, c.size) for c in found if c.size >= KERNEL.size // 8 and c.kind != "all-reduce")
-    assert large == MOVED.get(layout, [])
+    return found
 
 
 @pytest.mark.parametrize("mode", ["Auto", "Explicit"])
@@ -732,6 +765,40 @@ def test_labels_out_of_range_on_shards(name):
         error.throw()
 
 
+@pytest.mark.covering("nll_loss-Explicit", "linear-Explicit")
+@pytest.mark.parametrize("mode", ["Auto", "Explicit"])
+@pytest.mark.parametrize("name", ["cross_entropy", "cross_entropy-probabilities", "nll_loss", "linear"])
+def test_checkify_on_meshes(name, mode):
+    """It names what is bad in sharded arrays, and which example it is under `vmap`."""
+    function, names, options = CALLS[name]
+    # checkify cannot have a `shard_map` over some axes of a mesh: with `vmap` there is no report.
+    alone = name == "linear" and mode == "Explicit"
+    mesh, specs = mesh_of(mode, **LAYOUTS["batch, sequence, vocabulary"][0]), specs_of("batch, sequence, vocabulary")
+    in_axes = [0 if specs[a][:1] == ("data",) else None for a in names]
+
+    def of_examples(*arrays):
+        return jnp.sum(jax.vmap(partial(function, **options), in_axes)(*arrays))
+
+    def errors(arrays):
+        arrays = [put(mesh, arrays[a], specs[a]) for a in names]
+        for f in (partial(function, **options), of_examples, jax.grad(of_examples)):
+            # On `Explicit` axes JAX cannot read the error of a program with a `shard_map` in it as it is.
+            yield jax.device_get(jax.jit(checkify.checkify(f, errors=checkify.user_checks))(*arrays)[0])
+
+    bad = {name: ARRAYS[name].copy() for name in ("labels", "probabilities")}
+    bad["labels"][1, 2] = VOCAB
+    bad["probabilities"][1, 2] *= 2
+    said = rf"label {VOCAB} is out of range .* at \[1 2\]" if "labels" in names else r"sum to 2\.0 .* at \[1 2\]"
+    for error in errors(ARRAYS):
+        assert error.get() is None
+    for number, error in enumerate(errors(ARRAYS | bad)):
+        if alone and number > 0:
+            assert error.get() is None
+            continue
+        with pytest.raises(checkify.JaxRuntimeError, match=said):
+            error.throw()
+
+
 def test_what_moves_in_shard_map():
     """Numbers per position, and one sum of the gradient of the hidden states."""
     program = mapped("linear-all", 8, check_vma=True).lower(*arrays_of("linear-all")).compile()
@@ -739,6 +806,82 @@ def test_what_moves_in_shard_map():
     assert all(c.kind == "all-reduce" for c in found)
     assert all(c.size <= BLOCK for c in found if c.in_loop)
     assert [c.size for c in found if c.size > POSITIONS] == [HIDDEN.size]
+
+
+# --- forward mode -----------------------------------------------------------------------------------------------------
+
+
+def along(name, second, f=None, **more):
+    """The call and its derivative along the cosines of all floating-point arguments; for `second` its gradient too.
+
+    `f` is the call, if it is to be made in another way.
+    """
+    plain, wrt = value_and_grad(name, **more)
+    f = plain if f is None else f
+
+    def derivatives(*arrays):
+        arrays = list(map(jnp.asarray, arrays))
+        at = tuple(arrays[i] for i in wrt)
+
+        def derivative(*at):
+            def moving(*at):
+                every = dict(enumerate(arrays)) | dict(zip(wrt, at, strict=True))
+                return f(*every.values())
+
+            return jax.jvp(moving, at, tuple(map(jnp.cos, at)))
+
+        if not second:
+            return derivative(*at)
+        return derivative(*at), jax.grad(lambda *at: derivative(*at)[1], tuple(range(len(at))))(*at)
+
+    return derivatives
+
+
+MOVING = (
+    *("cross_entropy", "cross_entropy-all", "cross_entropy-probabilities", "nll_loss-probabilities"),
+    *("linear-all", "linear-probabilities", "linear-none"),
+)
+SECOND = ("cross_entropy-probabilities", "linear-none")
+
+
+@pytest.mark.covering("linear-none-Auto", "cross_entropy-probabilities-Explicit")
+@pytest.mark.parametrize("mode", ["Auto", "Explicit", "Named"])
+@pytest.mark.parametrize("name", MOVING)
+def test_forward_mode_under_jit(name, mode):
+    layout = "FSDP and vocabulary" if "linear" in name else "batch, sequence, vocabulary"
+    names = axes_of(name, layout) if mode == "Named" else {}
+    mesh, specs = mesh_of("Auto" if mode == "Named" else mode, **LAYOUTS[layout][0]), specs_of(layout)
+    arrays = [put(mesh, COTANGENTS, specs["labels"]), *(put(mesh, ARRAYS[a], specs[a]) for a in CALLS[name][1])]
+    program = jax.jit(along(name, second=False, **names)).lower(*arrays).compile()
+    assert_equal(program(*arrays), jax.jit(along(name, second=False))(*arrays_of(name)))
+    if name in SECOND:
+        assert_equal(jax.jit(along(name, True, **names))(*arrays), jax.jit(along(name, True))(*arrays_of(name)))
+    text = program.as_text()
+    if "linear" in name:
+        found = numbers_alone_in_the_loop(text, layout)
+        gathered = sum(c.size for c in found if c.kind == "all-gather" and c.size >= KERNEL.size // 8)
+        # The kernel and its tangent.
+        assert gathered <= 2 * sum(size for kind, size in MOVED.get(layout, []) if kind == "all-gather")
+        assert all(c.size <= POSITIONS for c in found if c.kind != "all-gather")
+    else:
+        assert all(c.size <= POSITIONS * 8 for c in collectives(text))
+
+
+@pytest.mark.covering("linear-none-True-False")
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("name", MOVING)
+def test_forward_mode_in_shard_map(name, check_vma, inside):
+    """Of the mapped loss, or of each device's within the map."""
+    specs = (P(), *(SPECS.get(a, P()) for a in CALLS[name][1]))
+    mapped = partial(jax.shard_map, mesh=mesh_of("Auto", vocab=4), in_specs=specs, check_vma=check_vma)
+    second = name in SECOND and not inside
+    if inside:
+        f = mapped(along(name, second, axis_name="vocab"), out_specs=P())
+    else:
+        f = along(name, second, mapped(value_and_grad(name, axis_name="vocab")[0], out_specs=P()))
+    wanted = along(name, second)
+    assert_equal(jax.jit(f)(*arrays_of(name)), jax.jit(wanted)(*arrays_of(name)))
 
 
 # --- positions sharded inside shard_map -------------------------------------------------------------------------------
@@ -825,6 +968,153 @@ def test_errors_in_shard_map(what):
     sharded = jax.shard_map(f, mesh=mesh_of("Auto", data=4, vocab=2), in_specs=specs, out_specs=P())
     with pytest.raises(ValueError, match=message):
         sharded(HIDDEN, KERNEL, LABELS)
+
+
+# --- axes of the mesh in use, by name ---------------------------------------------------------------------------------
+
+NAMED = "batch, sequence, vocabulary"
+OVER_ALL = {"axis_name": "vocab", "batch_axis_name": P("data", "sequence")}
+NO_NAMES = {"axis_name": None, "batch_axis_name": None}
+
+
+@pytest.mark.parametrize("how", ["set_mesh", "the arrays' mesh", "not jitted", "Explicit", "with mesh"])
+def test_the_mesh_in_use(how):
+    """Is that of `jax.set_mesh`, or that of the arrays; the results are sharded as the positions."""
+    (axes, hidden, kernel), mode = LAYOUTS[NAMED], "Explicit" if how == "Explicit" else "Auto"
+    mesh = mesh_of(mode, **axes)
+    labels = put(mesh, LABELS, P(*hidden)) if how != "set_mesh" else jnp.asarray(LABELS)
+    arrays = put(mesh, HIDDEN, hidden), put(mesh, KERNEL, kernel), labels
+    options = {"reduction": "none", "return_stats": True, "label_smoothing": jnp.array(0.1)}
+    f = partial(jxent.linear_cross_entropy, block_size=BLOCK, **options)
+    named = partial(f, **OVER_ALL)
+    with contextlib.ExitStack() as stack:
+        if how in ("set_mesh", "not jitted"):
+            stack.enter_context(jax.set_mesh(mesh))
+        elif how == "with mesh":
+            stack.enter_context(warnings.catch_warnings(action="ignore", category=DeprecationWarning))
+            stack.enter_context(mesh)
+        out = (named if how == "not jitted" else jax.jit(named))(*arrays)
+    assert_equal(jax.device_get(out), f(HIDDEN, KERNEL, LABELS))
+    losses, stats = out
+    for array in (losses, *stats[:-1]):
+        assert array.sharding.is_equivalent_to(NamedSharding(mesh, P("data", "sequence")), 2)
+    assert stats.weight.sharding.is_fully_replicated
+
+
+@pytest.mark.parametrize("mode", ["Auto", "Explicit"])
+@pytest.mark.parametrize("name", SOFTMAXES)
+def test_softmaxes_with_named_axes(name, mode):
+    """Only the classes are named: the positions stay as they are."""
+    mesh, spec = mesh_of(mode, data=4, vocab=2), P("data", None, "vocab")
+    f = partial(SOFTMAXES[name], axis_name="vocab", where=np.arange(VOCAB) % 3 > 0)
+    program = jax.jit(f).lower(put(mesh, ARRAYS["logits"], spec)).compile()
+    out = program(put(mesh, ARRAYS["logits"], spec))
+    assert out.sharding.is_equivalent_to(NamedSharding(mesh, spec), 3)
+    assert_equal(jax.device_get(out), SOFTMAXES[name](ARRAYS["logits"], where=np.arange(VOCAB) % 3 > 0))
+    assert all(c.kind == "all-reduce" and c.size <= POSITIONS // 4 for c in collectives(program.as_text()))
+
+
+def test_named_axes_of_other_layouts():
+    """Classes along another axis than the last; hidden states that are gathered, over the batch or along the length."""
+    mesh = mesh_of("Auto", data=4, vocab=2)
+    logits = np.moveaxis(ARRAYS["logits"], 2, 1)
+    named = partial(jxent.cross_entropy, axis=1, axis_name="vocab", batch_axis_name=P(None, "data"))
+    labels = put(mesh, LABELS, P(None, "data"))
+    placed = put(mesh, logits, P(None, "vocab", "data")), labels
+    assert_equal(
+        jax.jit(jax.value_and_grad(named))(*placed), jax.value_and_grad(partial(named, **NO_NAMES))(logits, LABELS)
+    )
+
+    step = jax.value_and_grad(partial(jxent.linear_cross_entropy, block_size=BLOCK), (0, 1))
+    wanted = step(HIDDEN, KERNEL, LABELS)
+    for options, hidden, kernel, gathered in (
+        ({"axis_name": "vocab"}, P("vocab"), P(None, "vocab"), HIDDEN.size),
+        ({"axis_name": "vocab", "batch_axis_name": "data"}, P("data", "vocab"), P(None, "vocab"), HIDDEN.size // 4),
+    ):
+        f = jax.value_and_grad(partial(jxent.linear_cross_entropy, block_size=BLOCK, **options), (0, 1))
+        arrays = put(mesh, HIDDEN, hidden), put(mesh, KERNEL, kernel), jnp.asarray(LABELS)
+        program = jax.jit(f).lower(*arrays).compile()
+        assert_equal(program(*arrays), wanted)
+        large = [c for c in collectives(program.as_text()) if c.kind == "all-gather" and c.size >= KERNEL.size // 8]
+        assert [(c.size, c.in_loop) for c in large] == [(gathered, False)]
+
+
+def test_export_with_named_axes():
+    """For several devices, and lowered for a mesh without devices; `custom_partitioning` can do neither."""
+    mesh = mesh_of("Auto", data=4, vocab=2)
+    f = jax.jit(
+        jax.value_and_grad(partial(jxent.linear_cross_entropy, axis_name="vocab", batch_axis_name="data"), (0, 1))
+    )
+    specs = P("data"), P("data", "vocab"), P("data")
+    arrays = [put(mesh, a, s) for a, s in zip((HIDDEN, KERNEL, LABELS), specs, strict=True)]
+    read = jax.export.deserialize(jax.export.export(f)(*arrays).serialize())
+    assert_equal(jax.jit(read.call)(*arrays), f(*arrays))
+    shapes = [
+        jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh.abstract_mesh, s))
+        for a, s in zip(arrays, specs, strict=True)
+    ]
+    assert f.trace(*shapes).lower(lowering_platforms=("tpu",)).as_text()
+
+
+def test_names_of_the_mesh_inside_shard_map():
+    """JAX cannot differentiate `Explicit` axes inside `shard_map`."""
+    mesh = mesh_of("Auto", data=4, vocab=2)
+    f = jax.shard_map(
+        partial(jxent.linear_cross_entropy, batch_axis_name="data", axis_name="vocab"),
+        mesh=mesh,
+        in_specs=(P("data"), P(), P("data")),
+        out_specs=P(),
+        axis_names={"data"},
+    )
+    with pytest.raises(
+        ValueError, match=r"axis_name='vocab' .* inside jax.shard_map over \('data',\).*axis_names.*leave"
+    ):
+        f(HIDDEN, KERNEL, LABELS)
+
+
+def test_named_axes_of_examples():
+    """`vmap` over examples, each of whose positions and classes are sharded; a mask that is broadcast is not."""
+    mesh = mesh_of("Auto", data=4, vocab=2)
+    where = np.arange(LENGTH) % 5 > 0
+    options = {"where": where[:1], "sample_weight": ARRAYS["sample_weight"][0]}
+
+    def loss(hidden, kernel, labels, **more):
+        f = partial(jxent.linear_cross_entropy, block_size=BLOCK, **options, **more)
+        return jnp.sum(jax.vmap(f, (0, None, 0))(hidden, kernel, labels))
+
+    named = partial(loss, axis_name="vocab", batch_axis_name="data")
+    arrays = HIDDEN, KERNEL, LABELS
+    with jax.set_mesh(mesh):
+        assert_equal(jax.jit(jax.value_and_grad(named, (0, 1)))(*arrays), jax.value_and_grad(loss, (0, 1))(*arrays))
+
+
+WRONG_NAMES = {
+    "unknown": ({"axis_name": "model"}, r"axis_name='model' names no axis .* of the mesh .* \('data', 'vocab'\)"),
+    "classes": ({"axis_name": ("data", "vocab")}, "shards axis 1 of kernel over 8 devices, .* 60, .* pad the classes"),
+    "positions": (
+        {"batch_axis_name": ("data", "vocab")},
+        "shards axis 0 of hidden over 8 devices, .* 4, .* ignore_index",
+    ),
+    "both": ({"axis_name": "data", "batch_axis_name": "data"}, "must name different axes"),
+    "spec": ({"batch_axis_name": P(None, None, "data")}, "is for 3 axes of the positions, of which hidden .* has 2"),
+    "one position": ({"batch_axis_name": "data"}, "is for 1 axes of the positions, of which hidden .* has 0"),
+}
+
+
+def test_error_without_a_mesh():
+    message = (
+        r"axis_name='vocab' names no axis .*, and no mesh .* jax.set_mesh\(mesh\), .* jax.shard_map, .* one device"
+    )
+    with pytest.raises(ValueError, match=message):
+        jax.jit(partial(jxent.linear_cross_entropy, axis_name="vocab"))(HIDDEN, KERNEL, LABELS)
+
+
+@pytest.mark.parametrize("what", WRONG_NAMES)
+def test_errors_of_named_axes(what):
+    options, message = WRONG_NAMES[what]
+    hidden, labels = (a[0, 0] if what == "one position" else a[:4] for a in (HIDDEN, LABELS))
+    with jax.set_mesh(mesh_of("Auto", data=4, vocab=2)), pytest.raises(ValueError, match=message):
+        jxent.linear_cross_entropy(hidden, KERNEL[:, :60], labels, **options)
 
 
 # --- several processes ------------------------------------------------------------------------------------------------

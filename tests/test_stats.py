@@ -36,6 +36,8 @@ def data(kind, seed=0):
 @pytest.mark.parametrize("kind", ["index", "probabilities"])
 def test_stats(kind):
     logits, labels, weights = data(kind)
+    best = labels if kind == "index" else labels.argmax(-1)
+    logits[2:] += 9 * np.eye(C, dtype=np.float32)[best[2:]]  # right there; (2, 0) does not count
     capped = oracle.softcap(logits, 4.0)
     loss, stats = jxent.cross_entropy(
         logits, labels, **weights, label_smoothing=0.1, logit_softcap=4.0, reduction="sum", return_stats=True
@@ -52,6 +54,10 @@ def test_stats(kind):
         np.testing.assert_allclose(got, np.where(keep, want, 0), rtol=1e-5, atol=1e-7)
     np.testing.assert_array_equal(stats.prediction, np.where(keep, logits.argmax(-1), -(2**31)))
     chex.assert_type(stats.prediction, jnp.int32)
+    hits = logits.argmax(-1) == best
+    assert 0 < np.sum(hits & keep) < hits.size
+    np.testing.assert_array_equal(stats.correct, hits & keep)
+    chex.assert_type(stats.correct, jnp.bool_)
     _, weight = oracle.position_losses(logits, labels, **weights)
     np.testing.assert_allclose(stats.weight, weight.sum(), rtol=1e-6)
     mean = jxent.cross_entropy(logits, labels, **weights, label_smoothing=0.1, logit_softcap=4.0)
@@ -63,7 +69,7 @@ def test_an_ignored_position_is_never_a_hit(ignore_index):
     labels = jnp.array([ignore_index, 2, ignore_index])
     logits = jnp.array([[9.0, 0, 0], [0, 0, 9], [0, 9, 0]])
     _, stats = jxent.cross_entropy(logits, labels, ignore_index=ignore_index, return_stats=True)
-    assert jnp.sum(stats.prediction == labels) / stats.weight == 1
+    assert jnp.sum(stats.correct) / stats.weight == 1
 
 
 def test_stats_of_a_confident_wrong_row():
@@ -113,7 +119,7 @@ def test_label_out_of_range_in_stats():
     _, expected = run(np.where(bad, C - 1, labels))
     _, stats = run(np.where(bad, C, labels))
     assert np.isnan(stats.log_prob[bad]).all()
-    for name in ("log_prob", "log_normalizer", "entropy", "prediction"):
+    for name in ("log_prob", "log_normalizer", "entropy", "prediction", "correct"):
         np.testing.assert_array_equal(getattr(stats, name)[~bad], getattr(expected, name)[~bad])
     np.testing.assert_array_equal(stats.prediction, expected.prediction)
     assert stats.weight == expected.weight == N * D - 1

@@ -25,6 +25,7 @@ from hlo import collectives
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from train_step import Rules, Step, shapes_of, update_of
 
 import jxent
 
@@ -43,14 +44,14 @@ def mesh_of(topology, mode, **axes):
     )
 
 
-def compiled(f, *arrays, context=None):
+def compiled(f, *arrays, context=None, **options):
     with context or contextlib.nullcontext():  # of the trace alone
-        traced = jax.jit(f).trace(*arrays)
+        traced = jax.jit(f, **options).trace(*arrays)
     return traced.lower(lowering_platforms=("tpu",)).compile()
 
 
-def loss(hidden, kernel, labels):
-    return jxent.linear_cross_entropy(hidden, kernel, labels, block_size=1024)
+def loss(hidden, kernel, labels, **options):
+    return jxent.linear_cross_entropy(hidden, kernel, labels, block_size=1024, **options)
 
 
 def linear_program(mesh, hidden, kernel, wrt=(0, 1), loss=loss, context=None):
@@ -86,8 +87,6 @@ def test_batch_sequence_and_vocabulary(wrt, most, mode):
     assert temporaries(program) <= most
 
 
-# Where the types do not say how arrays are sharded, the mesh in the context is enough for one gather; where the caller
-# says it, the gradient is scattered, too.
 @pytest.mark.parametrize("wrt", [(0, 1), (0,)], ids=["both", "frozen kernel"])
 @pytest.mark.parametrize("way", ["Explicit", "explicit_axes", "set_mesh"])
 def test_fsdp(way, wrt):
@@ -100,6 +99,72 @@ def test_fsdp(way, wrt):
         "set_mesh": ("all-reduce", FEATURES * VOCAB // 2, False),
     }.get(way, ("reduce-scatter", FEATURES * VOCAB // 8, False))
     assert moved(program, FEATURES * VOCAB // 8) == sorted([gathered, gradient] if 1 in wrt else [gathered])
+
+
+WHOLE = Step(vocab=30720, features=256, layers=1, batch=16, length=512)
+FSDP = {"data": 8}, Rules(batch="data", embed="data")
+FSDP_VOCAB = {"data": 4, "model": 2}, Rules(batch="data", embed="data", vocab="model", mlp="model")
+SIXTEEN = {"data": 4, "sequence": 2, "model": 2}, Rules("data", "sequence", "model", "data", "model")
+
+
+# Tests of the loss alone said nothing of what XLA does with it between a model and its optimizer.
+@pytest.mark.parametrize(
+    ("topology", "layout", "step"),
+    [
+        ("v5e:2x4", FSDP, WHOLE._replace(named=True)),
+        ("v5e:2x4", FSDP, WHOLE._replace(constrain=False)),
+        ("v6e:2x4", FSDP_VOCAB, WHOLE),
+        ("v5e:4x4", SIXTEEN, WHOLE._replace(named=True, tied=False, scan=True, layers=2)),
+    ],
+    ids=["named", "untold-unconstrained", "untold-vocabulary", "named-untied-scan-sequence-vocabulary"],
+)
+def test_whole_step(topology, layout, step):
+    """Of the kernel's size there is one gather and one sum, scattered but over two axes, and neither is in a loop."""
+    axes, rules = layout
+    mesh = mesh_of(topology, "Auto", **axes)
+    graph, state, tokens = shapes_of(step, rules, mesh)
+    shardings = jax.tree.map(lambda a: a.sharding, state), NamedSharding(mesh, P())
+    update = functools.partial(update_of(step)[1], graph)
+    program = compiled(update, state, tokens, context=jax.set_mesh(mesh), donate_argnums=0, out_shardings=shardings)
+    size = step.vocab * step.features // axes.get("model", 1)
+    scattered = ("reduce-scatter", size // axes["data"], False)
+    wanted = [("all-gather", size, False), ("all-reduce", size, False) if rules.length else scattered]
+    assert [c for c in moved(program, size // axes["data"]) if c[1] == size or c == scattered] == wanted
+    block = step.vocab * 256 // axes.get("model", 1)  # the logits of the smallest
+    assert not [c for c in moved(program, block // 8) if c[2]]
+
+
+@pytest.mark.parametrize(
+    ("axes", "hidden", "kernel", "named"),
+    [
+        ({"data": 8}, P("data"), P("data"), False),
+        ({"data": 4, "vocab": 2}, P("data"), P("data", "vocab"), True),
+        ({"data": 2, "sequence": 2, "vocab": 2}, P("data", "sequence"), P(None, "vocab"), False),
+    ],
+    ids=["FSDP", "FSDP and vocabulary", "batch, sequence, vocabulary"],
+)
+def test_either_layout_of_the_kernel(axes, hidden, kernel, named):
+    """(vocab, features) takes the temporaries of (features, vocab), and neither moves in the loop."""
+    mesh, positions = mesh_of("v5e:2x4", "Auto", **axes), P(*hidden[:2])
+    features, vocab = [*kernel, None, None][:2]
+    names = {"axis_name": vocab, "batch_axis_name": positions} if named else {}
+    held = []
+    for vocab_axis in (-1, 0):
+        shape, spec = ((FEATURES, VOCAB), P(features, vocab)) if vocab_axis else ((VOCAB, FEATURES), P(vocab, features))
+        arrays = [
+            jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+            for shape, dtype, spec in (
+                ((BATCH, LENGTH, FEATURES), jnp.bfloat16, hidden),
+                (shape, jnp.bfloat16, spec),
+                ((BATCH, LENGTH), jnp.int32, positions),
+            )
+        ]
+        f = functools.partial(loss, vocab_axis=vocab_axis, **names)
+        shardings = None, tuple(array.sharding for array in arrays[:2])
+        program = compiled(jax.value_and_grad(f, (0, 1)), *arrays, out_shardings=shardings)
+        assert not [c for c in moved(program, FEATURES * VOCAB // 64) if c[2]]
+        held.append(temporaries(program))
+    assert held[1] <= 1.1 * held[0]
 
 
 def test_temporaries_fall_as_the_mesh_grows():

@@ -314,14 +314,6 @@ def test_hessian_vector_product_of_each_example(name, x64):
     assert_close(actual, expected, ulps=16 * SIZE)
 
 
-@each_case
-def test_forward_mode_is_refused(name):
-    """Today's limit, by name: a custom_vjp has no forward rule, and says so."""
-    floats, rest = inputs(name)
-    with pytest.raises(TypeError, match=r"forward-mode .* custom_vjp"):
-        jax.jvp(lambda floats: scalar(name, floats, rest), (floats,), (floats,))
-
-
 # --- checkpoint and loops ---------------------------------------------------------------------------------------------
 
 
@@ -383,18 +375,7 @@ def test_export(name):
     assert_close(exported.call(floats, rest), f(floats, rest), ulps=8)
 
 
-# The check that checkify asks for is an effect of the program, and JAX serializes no effect that has arguments.
-unserializable = pytest.mark.xfail(raises=NotImplementedError, strict=True, reason="the check of labels is an effect")
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "softmax",
-        pytest.param("nll_loss-index", marks=unserializable),
-        pytest.param("cross_entropy-smooth-index", marks=unserializable),
-    ],
-)
+@each_function
 def test_export_by_bytes(name):
     """Serialized and read again; the gradient is exported along, and what is read can be differentiated."""
     floats, rest = inputs(name)

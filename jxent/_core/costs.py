@@ -21,7 +21,7 @@ from jax import Array
 
 from jxent._core import targets
 from jxent._core.labels import by_index
-from jxent._core.passes import Class, Passes, compute_dtype, given
+from jxent._core.passes import Class, Passes, compute_dtype, expm1, given
 from jxent._core.shards import Shards, local_index
 from jxent._core.weights import is_used, product_of
 
@@ -71,6 +71,14 @@ class Known(NamedTuple):
     label_logit: Array | None  # for index labels
 
 
+class Moved(NamedTuple):
+    """Tangents, row arrays. The first two are relative to the same class, see `Class.dz`."""
+
+    log_z: Array
+    label_z: Array | None  # of x[t] - m, for index labels
+    log_normalizer: Array
+
+
 class Cost:
     """One cost of each position. Its arrays are row arrays, but for those of a `Class`."""
 
@@ -100,6 +108,10 @@ class Cost:
         del c, rows
         return 0.0
 
+    def tangent(self, passes: Passes, kept: Array | None, moved: Moved) -> Array:
+        """The tangent of the cost for the tangents that the passes have, `Arrays.moving`."""
+        raise NotImplementedError
+
 
 class _Label(Cost):
     """The cost of the label, from which smoothing takes its share."""
@@ -122,11 +134,14 @@ class IndexLabel(_Label):
         return cost, cost
 
     def rows(self, passes, kept, cotangent):
-        return self.index, cotangent, cotangent * jnp.expm1(-kept)
+        return self.index, cotangent, cotangent * expm1(-kept)
 
     def gradient(self, c, rows):
         index, cotangent, at_label = rows
         return jnp.where(c.index == index, at_label, cotangent * c.p_but_label)
+
+    def tangent(self, passes, kept, moved):
+        return moved.log_z - given(moved.label_z)
 
 
 class _Target(Cost):
@@ -152,12 +167,22 @@ class _Target(Cost):
         share = self.unweighted(c)
         return rows[0] * (share * c.cost_of(share))
 
+    def dunweighted(self, c: Class) -> Array | None:
+        """The tangent of `unweighted`; None if it does not move."""
+        return None
+
+    def tangent(self, passes, kept, moved):
+        return passes.sum(lambda c, dlog_z: c.dcost(self.unweighted(c), self.dunweighted(c), dlog_z), moved.log_z)
+
 
 class ProbabilityLabel(_Label, _Target):
     """The target of shares q[j] w[j]."""
 
     def unweighted(self, c):
         return c.q
+
+    def dunweighted(self, c):
+        return c.dq
 
     def to_label(self, c, rows):
         """The gradient by q[j], which is w[j] (-log p[j]), for `Passes.map`."""
@@ -181,6 +206,10 @@ class Uniform(_Target):
         sums = targets.Sums(n, n - 1) if passes.arrays.weight is None else targets.sums(passes, self.share)
         return cotangent / n, sums
 
+    def tangent(self, passes, kept, moved):
+        n = kept
+        return super().tangent(passes, kept, moved) / n
+
 
 class SquaredNormalizer(Cost):
     """(m + log_z)**2, with the gradient 2 (m + log_z) p[j]."""
@@ -197,6 +226,9 @@ class SquaredNormalizer(Cost):
 
     def gradient(self, c, rows):
         return rows[0] * c.p
+
+    def tangent(self, passes, kept, moved):
+        return 2 * given(kept) * moved.log_normalizer
 
 
 OPTIONAL = {"uniform": Uniform(), "z": SquaredNormalizer()}

@@ -21,12 +21,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jxent._core.passes import Arrays, Passes
-from jxent._core.shards import largest, total
+from jxent._core.forward_mode import linear
+from jxent._core.passes import Arrays, Moving, Passes, confident
+from jxent._core.shards import largest, shards_of, shared_cotangent
 
 
 class Normalizer(NamedTuple):
-    """Row arrays, and the exponentials if they are kept. To differentiation `top` is a constant."""
+    """Row arrays, and the exponentials if they are kept."""
 
     top: Array  # the largest logit, upcast; 0 in a row of -inf, so that x - m is not NaN
     log_z: Array  # log sum exp(x - m); 0 in a row of -inf, so that p = 0 there
@@ -64,11 +65,42 @@ def normalizer(logits, label, axis, cap, dtype, room=False, axis_name=()) -> Nor
     return Normalizer(top, log_z, log_normalizer, passes.arrays.exp)
 
 
+# With dz[j] = dx[j] - dm, d log_z = sum of p[j] dz[j], for any dm, as a shift of all logits changes no probability.
+# Where the largest class has a p of 2/3 or more, dm is its tangent, see `_centered`; elsewhere it is 0, which adds
+# nothing to gradients that cancels. These sums are a `linear` map, so that XLA:CPU fuses each into one pass.
 @normalizer.defjvp
 def _normalizer_jvp(axis, cap, dtype, room, axis_name, primals, tangents):
-    logits, label = primals
-    out = normalizer(logits, label, axis, cap, dtype, room, axis_name)
-    passes = Passes(Arrays(top=out.top), axis, dtype, cap)
-    z, dz = jax.jvp(passes.z_of, (logits,), (tangents[0],))
-    dlog_z = total(jnp.sum(jnp.exp(z - out.log_z) * dz, axis, keepdims=True), axis_name)
-    return out, Normalizer(jnp.zeros_like(out.top), dlog_z, dlog_z, None if out.exp is None else out.exp * dz)
+    out = normalizer(*primals, axis, cap, dtype, room, axis_name)
+    shards = shards_of(axis_name)
+
+    def passes_of(logits, top, log_z, moving=None):
+        arrays = Arrays(logits, top=top, log_z=log_z, moving=moving)
+        return Passes(arrays, axis, dtype, cap, axis_name, previous=log_z)
+
+    def apply(residuals, directions):
+        logits, top, log_z = residuals
+        sure, (dlogits,) = confident(log_z), directions
+        passes = passes_of(logits, top, log_z, Moving(dlogits))
+        dtop = passes.sum(lambda c, sure: sure * c.at_max * c.dlogit, sure)
+        passes.moving(Moving(dlogits, reference=passes.dx_of(top, dtop)))
+        dlog_z = passes.sum(lambda c, sure: c.p * c.dz * (c.unit - sure * c.at_max), sure)
+        return [dtop, dlog_z]
+
+    def transpose(residuals, cotangents):
+        logits, top, log_z = residuals
+        to_top, to_log_z = shared_cotangent(cotangents, shards)
+        passes = passes_of(logits, top, log_z)
+        others = passes.sum(lambda c, sure: c.p * (c.unit - sure * c.at_max), confident(log_z))
+        at_top = to_top - passes.dx_of(top, to_log_z * others)
+
+        def gradient(c, sure, to_log_z, at_top):
+            return jnp.where(sure * c.at_max > 0, at_top.astype(logits.dtype), c.to_logit(c.p * to_log_z))
+
+        return [passes.map(gradient, confident(log_z), to_log_z, at_top)]
+
+    residuals, directions = [primals[0], out.top, out.log_z], [tangents[0]]
+    dtop, dlog_z = linear(apply, transpose, residuals, directions, [out.top, out.log_z])
+    passes, dexp = passes_of(*residuals), None
+    if out.exp is not None:
+        dexp = out.exp * jax.jvp(passes.z_of, (primals[0], out.top), (tangents[0], dtop))[1]
+    return out, Normalizer(dtop, dlog_z, passes.dx_of(out.top, dtop) + dlog_z, dexp)

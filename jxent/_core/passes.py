@@ -37,7 +37,7 @@ T = TypeVar("T")
 
 def compute_dtype(*dtypes):
     """At least float32, and float64 if any of `dtypes` is."""
-    return jnp.promote_types(jnp.result_type(*dtypes), jnp.float32)
+    return jnp.dtype(jnp.float64 if jnp.dtype(jnp.float64) in dtypes else jnp.float32)
 
 
 # --- what the compiler is told ----------------------------------------------------------------------------------------
@@ -56,9 +56,11 @@ def _barrier(values):
     return lax.optimization_barrier(values)
 
 
-@_barrier.defjvp
 def _barrier_jvp(primals, tangents):
     return _barrier(*primals), tangents[0]
+
+
+_barrier.defjvp(_barrier_jvp, symbolic_zeros=True)
 
 
 def on_cpu(function: Callable[..., T], *operands) -> T:
@@ -71,10 +73,22 @@ def apart(row):
     return jnp.where(row == jnp.inf, jnp.inf, row)
 
 
-def given(array: Array | None) -> Array:
-    """An array that is there wherever this is asked."""
-    assert array is not None
-    return array
+@jax.custom_jvp
+def expm1(x):
+    """exp(x) - 1, with the derivative exp(x). JAX takes the result plus 1, in which a small exp(x) has no digits."""
+    return jnp.expm1(x)
+
+
+@expm1.defjvp
+def _expm1_jvp(primals, tangents):
+    (x,), (dx,) = primals, tangents
+    return expm1(x), jnp.exp(x) * dx
+
+
+def given(value: T | None) -> T:
+    """What is there wherever this is asked."""
+    assert value is not None
+    return value
 
 
 # --- one class --------------------------------------------------------------------------------------------------------
@@ -85,9 +99,9 @@ def _most(unit):
     return float(jnp.finfo(unit.dtype).max) * unit
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _centered(logits, top, cap, unit):
-    """x - m, in the dtype of `unit`: exactly 0 at the largest logit `top`, which is a constant to differentiation.
+@partial(jax.custom_jvp, nondiff_argnums=(3,))
+def _centered(logits, top, log_z, cap, unit):
+    """x - m, in the dtype of `unit`: exactly 0 at the largest logit `top`. `log_z` matters to the tangent alone.
 
     x is the logit, or cap * tanh(logit / cap). With a = top / cap and b = logit / cap,
 
@@ -95,6 +109,7 @@ def _centered(logits, top, cap, unit):
 
     which does not cancel, as the difference of two rounded tanh would.
     """
+    del log_z
     x, top = logits.astype(unit.dtype), top.astype(unit.dtype)
     if cap is None:
         return x - top
@@ -105,22 +120,39 @@ def _centered(logits, top, cap, unit):
     return z + jnp.minimum(x * (0.25 * unit) + _most(unit), 0 * unit)
 
 
+# The tangent is dx[j] - dx[top] where a class has a p of 2/3 or more, and not dx[j] as if the maximum were a constant:
+# sums of p[j] dz[j] would then have a term of the size of dx[top] that their result has not. At the largest logit 0 is
+# written as 0 and not as a difference, or gradients of it would add numbers that cancel.
 @_centered.defjvp
 def _centered_jvp(cap, primals, tangents):
-    logits, top, unit = primals[0], *lax.stop_gradient(primals[1:])
-    z = _centered(logits, top, cap, unit)
-    return z, _slope(logits.astype(z.dtype), cap, tangents[0].astype(z.dtype))
+    logits, top, log_z, unit = primals
+    z = _centered(logits, top, log_z, cap, unit)
+    of_both = zip(primals[:2], tangents[:2], strict=True)
+    dx, dtop = (_slope(a.astype(z.dtype), cap, da.astype(z.dtype)) for a, da in of_both)
+    at_top = confident(log_z) * (unit - _below(logits, top, unit))
+    return z, (dx - dtop) * (unit - lax.stop_gradient(at_top))
 
 
-def _slope(logits, cap, values):
+def confident(log_z):
+    """1 where the largest logit has a p of at least 2/3, so that no other is as large; 0 elsewhere."""
+    return lax.stop_gradient((log_z < math.log(1.5)).astype(log_z.dtype))
+
+
+def _below(logits, top, unit):
+    """0 at the largest logit `top` and 1 below it."""
+    distance = top.astype(unit.dtype) - logits.astype(unit.dtype)
+    return jnp.minimum(distance * (_most(unit) / 4), unit)
+
+
+def _slope(logits, cap, values, unit: float | Array = 1.0):
     """`values` times the derivative of x by the logits: 1 - tanh(u)**2, which cancels where the cap saturates.
 
-    4 e / (1 + e)**2 with e = exp(-2 |u|) is the same, and does not cancel.
+    4 e / (1 + e)**2 with e = exp(-2 |u|) is the same, and does not cancel. A sum needs the `unit`.
     """
     if cap is None:
         return values
-    e = jnp.exp(-2 * jnp.abs(logits / cap))
-    return 4 * e / (1 + e) ** 2 * values
+    e = jnp.exp(-2 * unit * jnp.abs(logits / (cap * unit)))
+    return 4 * unit * e / ((unit + e) * (unit + e)) * values
 
 
 def _present(logits, unit):
@@ -129,13 +161,26 @@ def _present(logits, unit):
     return lax.stop_gradient(jnp.minimum(jnp.maximum(x * (0.25 * unit) + _most(unit), 0 * unit), unit))
 
 
+@jax.custom_jvp
 def _product(weight, cost, unit):
     """weight * cost for a cost in [0, inf], with 0 * inf = 0."""
     finite = jnp.minimum(cost, _most(unit))
     sign = jnp.maximum(jnp.minimum(weight * _most(unit), unit), -unit)
     # The largest finite number where the cost is infinite and the weight is not 0, which four times is infinite.
-    excess = lax.stop_gradient(sign * ((unit - _present(-cost, unit)) * finite))
+    excess = sign * ((unit - _present(-cost, unit)) * finite)
     return weight * finite + (4 * unit) * excess
+
+
+def _marginal(weight, cost, unit):
+    """The derivative of `_product` by the weight: the cost, finite, but 0 where it is infinite and the weight is 0."""
+    used = jnp.minimum(jnp.abs(weight) * _most(unit), unit)
+    return jnp.maximum(lax.stop_gradient(used), _present(-cost, unit)) * jnp.minimum(cost, _most(unit))
+
+
+@_product.defjvp
+def _product_jvp(primals, tangents):
+    (weight, cost, unit), (dweight, dcost, _) = primals, tangents
+    return _product(weight, cost, unit), dweight * _marginal(weight, cost, unit) + weight * dcost
 
 
 class Arrays(NamedTuple):
@@ -148,6 +193,16 @@ class Arrays(NamedTuple):
     top: Array | None = None  # this and the rest are row arrays: the largest logit,
     log_z: Array | None = None  # log sum exp(x - m),
     inverse_z: Array | None = None  # and exp(-log_z), which goes with `exp`
+    moving: "Moving | None" = None
+
+
+class Moving(NamedTuple):
+    """Tangents of `Arrays`; None for what does not move."""
+
+    logits: Array | None = None
+    q: Array | None = None
+    weight: Array | None = None
+    reference: Array | None = None  # a row array: the tangent of x at the largest logit
 
 
 @dataclass(frozen=True)
@@ -163,7 +218,7 @@ class Class:
     @cached_property
     def z(self) -> Array:
         """x - m, 0 at the largest logit."""
-        return _centered(self._logit, self.arrays.top, self.softcap, self.unit)
+        return _centered(self._logit, self.arrays.top, self.arrays.log_z, self.softcap, self.unit)
 
     @cached_property
     def exp_z(self) -> Array:
@@ -202,13 +257,12 @@ class Class:
     def below_max(self) -> Array:
         """0 for the class with the largest logit and 1 below it.
 
-        Kept exponentials tell the two apart only where p of the largest is above 2/3, which is where it matters.
+        Kept exponentials tell the two apart only where p of the largest is above 2/3, which is where it matters; a
+        label that they lack counts as below.
         """
         if self.arrays.exp is not None:
-            distance = self.unit - self._exp
-        else:
-            distance = given(self.arrays.top).astype(self.unit.dtype) - self._logit.astype(self.unit.dtype)
-        return lax.stop_gradient(jnp.minimum(distance * (_most(self.unit) / 4), self.unit))
+            return lax.stop_gradient(jnp.minimum((self.unit - self.arrays.exp) * (_most(self.unit) / 4), self.unit))
+        return lax.stop_gradient(_below(self._logit, given(self.arrays.top), self.unit))
 
     @property
     def at_max(self) -> Array:
@@ -217,6 +271,42 @@ class Class:
     @cached_property
     def index(self) -> Array:
         return class_index(jax.tree.leaves(self.arrays)[0], self.axis)
+
+    # Tangents.
+
+    @property
+    def dlogit(self) -> Array:
+        return given(given(self.arrays.moving).logits).astype(self.unit.dtype)
+
+    @cached_property
+    def dx(self) -> Array:
+        """The tangent of x."""
+        if self.softcap is None:
+            return self.dlogit
+        return _slope(self._logit.astype(self.unit.dtype), self.softcap, self.dlogit, self.unit)
+
+    @cached_property
+    def dz(self) -> Array:
+        """The tangent of z, which is that of x less that of x at the largest logit."""
+        return self.dx - given(given(self.arrays.moving).reference)
+
+    @property
+    def dq(self) -> Array | None:
+        """The tangent of `q`, or None."""
+        dq = given(self.arrays.moving).q
+        return None if dq is None else dq.astype(self.unit.dtype)
+
+    def dcost(self, share: Array, dshare: Array | None, dlog_z: Array) -> Array:
+        """The tangent of w[j] a[j] (-log p[j]), for class weights w and the share a[j], whose tangent is `dshare`."""
+        moving, marginal = given(self.arrays.moving), _marginal(share, -self.log_p, self.unit)
+        terms = []
+        if moving.logits is not None:
+            terms.append(self.weighted(share) * (dlog_z - self.dz))
+        if dshare is not None:
+            terms.append(self.weighted(dshare) * marginal)
+        if moving.weight is not None:
+            terms.append(moving.weight * (share * marginal))
+        return sum(terms, 0 * self.unit)
 
     def weighted(self, share: Array) -> Array:
         """The share times the class weight, if there is one."""
@@ -268,6 +358,20 @@ class Passes:
     previous: Array | None = None
     exp_lacks_label: bool = False  # whether `Arrays.exp` is 0 at the index label
 
+    @property
+    def lacks_label(self) -> bool:
+        """Whether terms know nothing of the index label."""
+        return self.arrays.exp is not None and self.exp_lacks_label
+
+    def moving(self, tangents: Moving):
+        """Has later terms know the tangents of the arrays."""
+        self.arrays = self.arrays._replace(moving=tangents)
+
+    def mean_at_max(self, term) -> Array:
+        """The mean of a term over the classes with the largest logit, a row array; 0 where there is none."""
+        number = jnp.maximum(self.sum(lambda c: c.at_max), 1)
+        return self.sum(lambda c: c.at_max * term(c)) / number
+
     def sum(self, term, *rows) -> Array:
         """The sum over the classes of ``term(c, *rows)``, a row array; the `rows` are row arrays too."""
         classes = self._blockable()
@@ -285,9 +389,15 @@ class Passes:
         c, rows = self._start(self.previous, self.arrays, *rows)
         return term(c, *rows)
 
-    def z_of(self, logit: Array) -> Array:
-        """x - m of any logits of the positions."""
-        return _centered(logit, self.arrays.top, self.softcap, jnp.ones((), self.dtype))
+    def z_of(self, logit: Array, top: Array | None = None) -> Array:
+        """x - m of any logits of the positions; `top`, if it is given, is the largest."""
+        top, unit = self.arrays.top if top is None else top, jnp.ones((), self.dtype)
+        return _centered(logit, top, self.arrays.log_z, self.softcap, unit)
+
+    def dx_of(self, logit: Array | None, dlogit: Array) -> Array:
+        """The tangent of x where that of the logit is `dlogit`."""
+        dlogit = dlogit.astype(self.dtype)
+        return dlogit if self.softcap is None else _slope(given(logit).astype(self.dtype), self.softcap, dlogit)
 
     def keep_exponentials(self, but: Array | None = None) -> Array:
         """Has later passes read exp(x - m) from memory, and returns its sum, less that of the class index `but`."""

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jxent._core import targets
-from jxent._core.costs import CostInputs, Form, Known, ProbabilityLabel, costs_of
+from jxent._core.costs import CostInputs, Form, Known, Moved, ProbabilityLabel, costs_of
+from jxent._core.forward_mode import moving_where, with_forward_mode
 from jxent._core.labels import at_label, by_index, clipped, out_of_range, pick
 from jxent._core.normalizer import normalizer
-from jxent._core.passes import Arrays, Passes, on_cpu
+from jxent._core.passes import Arrays, Moving, Passes, given, on_cpu
 from jxent._core.shards import each_shards_own, largest, local_index, sharded_like, shared_cotangent, smallest
 from jxent._core.weights import along, only
 
@@ -40,7 +41,7 @@ class Residuals(NamedTuple):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def costs(form: Form, inputs: CostInputs) -> tuple[dict[str, Array], dict[str, Array]]:
+def _costs(form: Form, inputs: CostInputs) -> tuple[dict[str, Array], dict[str, Array]]:
     """(the costs, the statistics) of each position by name, row arrays; no gradient flows through the statistics."""
     return each_shards_own(costs_fwd(form, False, inputs)[0], form.shards, inputs.first)
 
@@ -87,11 +88,11 @@ def _stats(form, inputs, passes, known, label_cost):
         "log_prob": log_prob,
         "log_normalizer": known.log_normalizer,
         "entropy": entropy,
-        "prediction": _prediction(form, inputs.logits, inputs.first),
+        "prediction": prediction(form, inputs.logits, inputs.first),
     }
 
 
-def _prediction(form, logits, first):
+def prediction(form, logits, first):
     """The first class with the largest logit, or the first whose logit is NaN."""
     here = jnp.expand_dims(_argmax(lax.stop_gradient(logits), form.axis), form.axis)
     if first is None:
@@ -138,6 +139,37 @@ def costs_bwd(form, residuals, cotangents):
     return summed_up(form, inputs, *passes.map(gradients, rows))
 
 
+def costs_tangent(form, residuals, moving):
+    """The tangents of the costs, where those of the inputs are `moving`; None for an input that does not move."""
+    inputs, axis, log_z = residuals.inputs, form.axis, residuals.log_z
+    passes = residuals.passes(form, log_z)
+    weight = along(moving.class_weight, log_z.ndim, axis, log_z.dtype)
+    passes.moving(Moving(moving.logits, moving.labels, weight))
+    if moving.logits is None:
+        moved = Moved(*[jnp.zeros_like(log_z)] * 3)
+    else:
+        moved = _moved(form, residuals, passes, moving.logits)
+    return {name: cost.tangent(passes, residuals.kept[name], moved) for name, cost in costs_of(form, inputs).items()}
+
+
+def _moved(form, residuals, passes, dlogits):
+    inputs, axis, axis_name, label_dx = residuals.inputs, form.axis, form.shards.axis_name, None
+    if by_index(inputs.labels):
+        index = local_index(clipped(inputs.labels, dlogits.shape[axis] * form.shards.number, axis), inputs.first)
+        picked = partial(at_label, labels=index, axis=axis, axis_name=axis_name)
+        label_dx = passes.dx_of(None if form.logit_softcap is None else picked(inputs.logits), picked(dlogits))
+    reference = passes.dx_of(passes.arrays.top, passes.mean_at_max(lambda c: c.dlogit))
+    if passes.lacks_label:
+        label_is_largest = residuals.kept["label"] == residuals.log_z
+        reference = jnp.where(label_is_largest, given(label_dx), reference)
+    passes.moving(passes.arrays.moving._replace(reference=reference))
+    log_z = passes.sum(lambda c: c.p_but_label * c.dz)
+    label_z = None if label_dx is None else label_dx - reference
+    if passes.lacks_label:
+        log_z += jnp.exp(-residuals.kept["label"]) * given(label_z)
+    return Moved(log_z, label_z, log_z + reference)
+
+
 def _added_up(arrays):
     return reduce(jnp.add, arrays)
 
@@ -150,6 +182,20 @@ def summed_up(form, inputs, to_logits, to_labels, to_weight):
         return grads
     positions = tuple(a for a in range(to_weight.ndim) if a != form.axis)
     return grads._replace(class_weight=jnp.sum(grads.class_weight, positions))
+
+
+# --- positions that do not count --------------------------------------------------------------------------------------
+
+
+def counted(inputs):
+    """The inputs, of which no derivative, of whatever order, meets a position that does not count.
+
+    Its logits may be NaN, and 0 times NaN would be NaN. The inputs themselves are not copied.
+    """
+    if inputs.keep is None:
+        return inputs
+    labels = inputs.labels if by_index(inputs.labels) else moving_where(inputs.keep, inputs.labels)
+    return inputs._replace(logits=moving_where(inputs.keep, inputs.logits), labels=labels)
 
 
 # --- between the passes -----------------------------------------------------------------------------------------------
@@ -169,6 +215,7 @@ def _costs_fwd(form, inputs):
         logits_or_exp = residuals.exp if cpu else inputs.logits
         return out, (residuals._replace(inputs=inputs._replace(logits=None), exp=None), logits_or_exp)
 
+    inputs = counted(inputs)
     if _exchanges_logits(form, inputs):
         out, kept = on_cpu(forward, inputs)
     else:
@@ -179,19 +226,29 @@ def _costs_fwd(form, inputs):
 
 def _costs_bwd(form, kept, cotangents):
     residuals, logits_or_exp = kept
-    cotangents = shared_cotangent(cotangents[0], form.shards)
-    if logits_or_exp is None:
-        return (like_inputs(costs_bwd(form, residuals, cotangents), residuals.inputs),)
+    inputs = residuals.inputs
+    grads = _with_residuals(costs_bwd, form, kept, shared_cotangent(cotangents[0], form.shards))
+    return (like_inputs(grads, inputs if logits_or_exp is None else inputs._replace(logits=logits_or_exp)),)
 
-    def backward(cpu, residuals, logits_or_exp, cotangents):
+
+def _costs_tangent(form, kept, moving):
+    return _with_residuals(costs_tangent, form, kept, moving)
+
+
+def _with_residuals(function, form, kept, operand):
+    """``function(form, residuals, operand)`` with the residuals that `_costs_fwd` kept."""
+
+    def of_platform(cpu, residuals, logits_or_exp, operand):
         if cpu:
             residuals = residuals._replace(exp=logits_or_exp)
         else:
             residuals = residuals._replace(inputs=residuals.inputs._replace(logits=logits_or_exp))
-        return costs_bwd(form, residuals, cotangents)
+        return function(form, residuals, operand)
 
-    grads = on_cpu(backward, residuals, logits_or_exp, cotangents)
-    return (like_inputs(grads, residuals.inputs._replace(logits=logits_or_exp)),)
+    residuals, logits_or_exp = kept
+    if logits_or_exp is None:
+        return function(form, residuals, operand)
+    return on_cpu(of_platform, residuals, logits_or_exp, operand)
 
 
 def like_inputs(grads, inputs):
@@ -203,4 +260,33 @@ def like_inputs(grads, inputs):
     return CostInputs._make(map(like, grads, inputs))
 
 
-costs.defvjp(_costs_fwd, _costs_bwd)
+_costs.defvjp(_costs_fwd, _costs_bwd)
+costs = with_forward_mode(_costs, _costs_tangent)
+
+
+# --- of a block of a sweep --------------------------------------------------------------------------------------------
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _costs_of_block(static, inputs):
+    """`costs`, for ``static = (form, room)`` as of `costs_fwd`, with one residual for all platforms."""
+    return _costs_of_block_fwd(static, inputs)[0]
+
+
+def _costs_of_block_fwd(static, inputs):
+    form, room = static
+    return costs_fwd(form, room, inputs)
+
+
+def _costs_of_block_bwd(static, residuals, cotangents):
+    form, _ = static
+    return (like_inputs(costs_bwd(form, residuals, cotangents[0]), residuals.inputs),)
+
+
+def _costs_of_block_tangent(static, residuals, moving):
+    form, _ = static
+    return costs_tangent(form, residuals, moving)
+
+
+_costs_of_block.defvjp(_costs_of_block_fwd, _costs_of_block_bwd)
+costs_of_block = with_forward_mode(_costs_of_block, _costs_of_block_tangent)

@@ -79,11 +79,19 @@ def shared_cotangent(cotangents, shards):
 # --- what types say of an array ---------------------------------------------------------------------------------------
 
 
+def mesh_in_use(*arrays):
+    """The mesh of `jax.set_mesh`, or else one that the arrays' types know; an empty one where there is none."""
+    meshes = jax.sharding.get_abstract_mesh(), *(jax.typeof(array).sharding.mesh for array in arrays)
+    return next((mesh for mesh in meshes if not mesh.empty), meshes[0])
+
+
 def varying(array) -> frozenset:
     """The axes of `shard_map` along which an array, or what `jax.eval_shape` returns, differs, if that is checked."""
     if array is None:
         return frozenset()
     kind = array if isinstance(array, jax.ShapeDtypeStruct) else jax.typeof(array)
+    if not hasattr(kind, "manual_axis_type"):  # JAX before 0.10
+        return frozenset(getattr(kind, "vma", None) or ())
     return frozenset() if kind.manual_axis_type is None else kind.manual_axis_type.varying
 
 

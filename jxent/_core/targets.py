@@ -20,6 +20,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
+from jxent._core.passes import expm1
+
 
 class Sums(NamedTuple):
     """Of the shares of a target, row arrays."""
@@ -38,5 +40,5 @@ def sums(passes, share):
 
 def pull(c, share, sums):
     """The gradient of the cost by x, for `Passes.map`."""
-    near_one = sums.all * jnp.expm1(c.log_p) + sums.others
+    near_one = sums.all * expm1(c.log_p) + sums.others
     return jnp.where(c.log_p > jnp.log(2 / 3), near_one, sums.all * c.p - share)

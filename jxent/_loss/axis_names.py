@@ -1,56 +1,163 @@
-"""`axis_name` and `batch_axis_name`: what a caller may give for them, checked at trace time as in `_checks`."""
+"""`axis_name` and `batch_axis_name`: the axes that shard classes and positions, checked at trace time as in `checks`.
 
-from collections.abc import Hashable
+Inside `jax.shard_map` or `jax.vmap(..., axis_name=...)` they name axes in scope, and arrays are one device's shards.
+Elsewhere they name axes of the mesh in use, and arrays are whole; `placement` has the loss shard them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple
 
 import jax
+from jax import Array
 from jax.sharding import PartitionSpec
 
-from jxent._core.shards import checked, shards_of, varying
+from jxent._core.shards import Shards, checked, mesh_in_use, shards_of, varying
 from jxent._loss.checks import shown
+from jxent._loss.placement import Placement
 
-AxisName = Hashable | tuple[Hashable, ...]
-
-
-def mesh_axis(function, name, value, argument, array):
-    """`axis_name` and its like as a tuple of axes in scope, () for None; `array` must be sharded over them."""
-    axes = () if value is None else tuple(value) if isinstance(value, tuple | list) else (value,)
-    if not all(isinstance(axis, Hashable) and not isinstance(axis, int | PartitionSpec) for axis in axes):
-        raise TypeError(f"{function}: {name} must be the name of a mesh axis or a tuple of names, got {shown(value)}")
-    if len(set(axes)) < len(axes):
-        raise ValueError(f"{function}: {name} must not name an axis twice, got {value!r}")
-    for axis in axes:
-        try:
-            jax.lax.axis_size(axis)
-        except NameError as error:
-            raise ValueError(
-                f"{function}: {name}={value!r} names no axis in scope: it is for calls inside jax.shard_map or "
-                "jax.vmap(..., axis_name=...); arrays that are sharded under plain jax.jit need no argument"
-            ) from error
-    missing = checked(axes) - varying(array)
-    if missing:
-        raise ValueError(
-            f"{function}: {argument} must be sharded over {name}={value!r}, got the same array all along "
-            f"{sorted(map(str, missing))}; name the axis in its spec in in_specs of jax.shard_map"
-        )
-    return axes
+NAMES = tuple[Hashable, ...]
 
 
-def mesh_axes(function, axis_name, batch_axis_name, reduction, positions, classes=None):
-    """(`Shards` of `axis_name`, axes of `batch_axis_name`).
+class Sharded(NamedTuple):
+    """An argument that an axis name is about, and which of its axes may be sharded over it."""
 
-    `positions` is (name, array) of the argument that has them, and `classes` that of the one with the classes, if that
-    is another one.
-    """
-    over_classes = mesh_axis(function, "axis_name", axis_name, *(classes or positions))
-    over_positions = mesh_axis(function, "batch_axis_name", batch_axis_name, *positions)
-    if set(over_classes) & set(over_positions):
+    name: str
+    array: Array
+    axes: Sequence[int]
+
+
+class Over(NamedTuple):
+    """What classes and positions are sharded over: axes in scope, and axes of the mesh in use."""
+
+    shards: Shards = Shards()
+    batch: NAMES = ()
+    placement: Placement | None = None
+
+
+def mesh_axes(function, axis_name, classes, batch_axis_name=None, positions=None, reduction="mean") -> Over:
+    """`Over`. `classes` and `positions` are `Sharded`; a name without a spec is about the first of their axes."""
+    of_classes = _entries(function, "axis_name", axis_name)
+    of_positions = _entries(function, "batch_axis_name", batch_axis_name)
+    axes, batch = sum(of_classes, ()), sum(of_positions, ())
+    if set(axes) & set(batch):
         raise ValueError(
             f"{function}: axis_name and batch_axis_name must name different axes, got {axis_name!r} and "
             f"{batch_axis_name!r}"
         )
-    if over_positions and reduction == "none":
+    shards = Shards()
+    if _in_scope(function, "axis_name", axis_name, axes, classes):
+        shards, of_classes = shards_of(axes), ()
+    if not _in_scope(function, "batch_axis_name", batch_axis_name, batch, positions):
+        batch = ()
+    elif reduction == "none":
         raise ValueError(
             f"{function}: batch_axis_name={batch_axis_name!r} is for a mean or sum over the positions of all shards; "
             'reduction="none" takes none'
         )
-    return shards_of(over_classes), over_positions
+    else:
+        of_positions = ()
+    if not any((*of_classes, *of_positions)):
+        return Over(shards, batch)
+    mesh = mesh_in_use(*(argument.array for argument in (positions, classes) if argument is not None))
+    for name, value, entries, argument in (
+        ("axis_name", axis_name, of_classes, classes),
+        ("batch_axis_name", batch_axis_name, of_positions, positions),
+    ):
+        if any(entries):
+            _check_names(function, name, value, entries, argument, mesh)
+    return Over(shards, batch, Placement(mesh, sum(of_classes, ()), of_positions))
+
+
+def loss_axes(function, argument, logits, axis, axis_name, batch_axis_name, reduction) -> Over:
+    """`mesh_axes` of a loss whose logits, or log-probabilities, have both the classes and the positions."""
+    positions = [a for a in range(logits.ndim) if a != axis]
+    classes, positions = (Sharded(argument, logits, axes) for axes in ((axis,), positions))
+    return mesh_axes(function, axis_name, classes, batch_axis_name, positions, reduction)
+
+
+def _entries(function, name, value) -> tuple[NAMES, ...]:
+    """The names for each of the axes that they may shard: those of a spec, or all names for the first."""
+    if value is None:
+        return ()
+    of_each_axis = isinstance(value, PartitionSpec) and name == "batch_axis_name"
+    entries = tuple(_names(entry) for entry in (value if of_each_axis else (value,)))
+    axes = sum(entries, ())
+    if not all(isinstance(axis, Hashable) and not isinstance(axis, int | PartitionSpec) for axis in axes):
+        raise TypeError(f"{function}: {name} must be the name of a mesh axis or a tuple of names, got {shown(value)}")
+    if len(set(axes)) < len(axes):
+        raise ValueError(f"{function}: {name} must not name an axis twice, got {value!r}")
+    return entries
+
+
+def _names(value) -> NAMES:
+    return () if value is None else tuple(value) if isinstance(value, tuple | list) else (value,)
+
+
+def _in_scope(function, name, value, axes, argument) -> bool:
+    """Whether the axes are in scope, over which the argument must then be sharded; all are, or none."""
+    known = [_is_bound(axis) for axis in axes]
+    if not all(known):
+        if any(known):
+            raise ValueError(
+                f"{function}: {name}={value!r} names axes in scope of jax.shard_map or jax.vmap and others that are "
+                "not; give all of them, or none, to jax.shard_map"
+            )
+        return False
+    if not axes:
+        return False
+    missing = checked(axes) - varying(argument.array)
+    if missing:
+        raise ValueError(
+            f"{function}: {argument.name} must be sharded over {name}={value!r}, got the same array all along "
+            f"{sorted(map(str, missing))}; name the axis in its spec in in_specs of jax.shard_map"
+        )
+    return True
+
+
+def _is_bound(axis) -> bool:
+    try:
+        jax.lax.axis_size(axis)
+    except NameError:
+        return False
+    return True
+
+
+def _check_names(function, name, value, entries, argument, mesh):
+    """The mesh in use must have these axes, and their sizes must divide the lengths of the argument's axes."""
+    if mesh.empty:
+        raise ValueError(
+            f"{function}: {name}={value!r} names no axis in scope, and no mesh is in use: call within "
+            "jax.set_mesh(mesh), or inside jax.shard_map, or leave it out on one device"
+        )
+    unknown = [axis for axis in sum(entries, ()) if axis not in mesh.axis_names]
+    if unknown:
+        raise ValueError(
+            f"{function}: {name}={value!r} names no axis in scope nor of the mesh in use, whose axes are "
+            f"{mesh.axis_names}"
+        )
+    if mesh.manual_axes:
+        raise ValueError(
+            f"{function}: {name}={value!r} names axes of the mesh inside jax.shard_map over {mesh.manual_axes}; give "
+            "them to that jax.shard_map too, in axis_names, or leave them out for the compiler to see to"
+        )
+    if len(entries) > len(argument.axes):
+        what = "classes" if name == "axis_name" else "positions"
+        raise ValueError(
+            f"{function}: {name}={value!r} is for {len(entries)} axes of the {what}, of which {argument.name} of shape "
+            f"{argument.array.shape} has {len(argument.axes)}"
+        )
+    for axis, names in zip(argument.axes, entries, strict=False):
+        devices = math.prod(mesh.shape[name] for name in names)
+        if argument.array.shape[axis] % devices:
+            raise ValueError(
+                f"{function}: {name}={value!r} shards axis {axis} of {argument.name} over {devices} devices, which do "
+                f"not divide its length, {argument.array.shape[axis]}, in shape {argument.array.shape}; "
+                + (
+                    "pad the classes, with logits or a bias of -inf"
+                    if name == "axis_name"
+                    else "pad the positions, with labels of ignore_index, or name fewer axes"
+                )
+            )

@@ -11,14 +11,16 @@ import operator
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from jxent._core.costs import Scalars
+from jxent._core.passes import compute_dtype
 
 REDUCTIONS = ("mean", "sum", "none")
 FLOATING = tuple(jnp.dtype(d) for d in (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64))
 
 
-def array(function, name, value):
+def array(function, name, value) -> Array:
     if value is None:
         raise TypeError(f"{function}: {name} must be an array, got None")
     try:
@@ -27,7 +29,7 @@ def array(function, name, value):
         raise TypeError(f"{function}: {name} must be an array, got {shown(value)}") from error
 
 
-def floating(function, name, value, remedy="convert it with .astype(jnp.float32)"):
+def floating(function, name, value, remedy="convert it with .astype(jnp.float32)") -> Array:
     value = array(function, name, value)
     if value.dtype not in FLOATING:
         wanted = ", ".join(d.name for d in FLOATING)
@@ -35,11 +37,11 @@ def floating(function, name, value, remedy="convert it with .astype(jnp.float32)
     return value
 
 
-def optional_floating(function, name, value, remedy="convert it with .astype(jnp.float32)"):
+def optional_floating(function, name, value, remedy="convert it with .astype(jnp.float32)") -> Array | None:
     return None if value is None else floating(function, name, value, remedy)
 
 
-def integer(function, name, value):
+def integer(function, name, value) -> int:
     """A Python (or NumPy) integer; such options are static."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{function}: {name} must be a Python integer, got {shown(value)}")
@@ -54,7 +56,7 @@ def shown(value):
     return shown
 
 
-def class_axes(function, logits, axis):
+def class_axes(function, logits, axis) -> tuple[int, ...]:
     """The class axes of the softmax functions, a sorted tuple counted from the front; None means all of them."""
     if axis is None:
         return tuple(range(logits.ndim))
@@ -74,7 +76,7 @@ def class_axes(function, logits, axis):
     return tuple(sorted(axes))
 
 
-def class_axis(function, name, value, axis):
+def class_axis(function, name, value, axis) -> int:
     """The class axis as an index from the front; there must be at least one class."""
     axis = integer(function, "axis", axis)
     if value.ndim == 0:
@@ -89,67 +91,7 @@ def class_axis(function, name, value, axis):
     return axis
 
 
-def logits_and_labels(function, name, logits, labels, axis):
-    """(logits, labels, the class axis counted from the front) of a loss of logits, which the caller calls `name`."""
-    logits = floating(function, name, logits, "convert it with .astype(jnp.float32), or swap it with labels")
-    axis = class_axis(function, name, logits, axis)
-    return logits, class_labels(function, name, logits, labels, axis), axis
-
-
-def class_labels(function, name, logits, labels, axis):
-    """Class indices (any integer dtype, at least 32 bits on return) or class probabilities, by dtype and shape.
-
-    Only the shape of `logits` is read. `name` is what the caller calls them, or None for `linear_cross_entropy`, which
-    has hidden states instead and no axis to choose.
-    """
-    if (
-        isinstance(labels, np.ndarray)
-        and labels.dtype.kind in "iu"
-        and jax.dtypes.canonicalize_dtype(labels.dtype) != labels.dtype
-    ):
-        # Of 64 bits JAX would keep the low 32 alone, and take a label of 2**32 for 0.
-        labels = np.clip(labels, -(2**31), 2**31 - 1).astype(np.int32)
-    labels = array(function, "labels", labels)
-    shape = logits.shape[:axis] + logits.shape[axis + 1 :]
-    if jnp.issubdtype(labels.dtype, jnp.integer):
-        if labels.shape != shape:
-            wanted = f"the leading shape of hidden, {shape}"
-            if name is not None:
-                wanted = (
-                    f"the shape of {name} without its class axis, {shape} for {name} of shape {logits.shape} with "
-                    f"axis={axis}"
-                )
-            remedy = _index_remedy(logits, labels, shape, has_axis=name is not None)
-            raise ValueError(f"{function}: integer labels must have {wanted}, got {labels.shape}{remedy}")
-        return labels.astype(jnp.promote_types(labels.dtype, jnp.int32)) if labels.dtype.itemsize < 4 else labels
-    if labels.dtype not in FLOATING:
-        raise TypeError(
-            f"{function}: labels must be integers (class indices) or floating point (class probabilities), got "
-            f"{labels.dtype}; convert them with .astype(jnp.int32) or .astype(jnp.float32)"
-        )
-    if labels.shape != logits.shape:
-        remedy = "; if they are class indices, convert them with .astype(jnp.int32)" if labels.shape == shape else ""
-        wanted = "the leading shape of hidden and the vocabulary" if name is None else f"the shape of {name}"
-        raise ValueError(
-            f"{function}: floating-point labels are class probabilities and must have {wanted}, {logits.shape}, got "
-            f"{labels.shape}{remedy}"
-        )
-    return labels
-
-
-def _index_remedy(logits, labels, shape, has_axis):
-    if labels.shape == logits.shape:
-        return "; if they are one-hot, convert them with .astype(jnp.float32)"
-    if has_axis and logits.ndim > 1 and labels.shape == logits.shape[:1] + logits.shape[2:]:
-        return "; for PyTorch's layout (N, C, d1, ..., dk) pass axis=1"
-    if has_axis and logits.ndim > 1 and labels.shape == logits.shape[:-1]:
-        return "; for classes on the last axis pass axis=-1"
-    if math.prod(labels.shape) == math.prod(shape) and 1 in labels.shape:
-        return f"; drop the axes of size 1 with .reshape({shape})"
-    return ""
-
-
-def kernel_axis(function, hidden, kernel, vocab_axis):
+def kernel_axis(function, hidden, kernel, vocab_axis) -> int:
     """The vocabulary's axis of the kernel, 0 or 1; its other axis is that of the features."""
     vocab_axis = integer(function, "vocab_axis", vocab_axis)
     if hidden.ndim == 0:
@@ -186,14 +128,14 @@ def concrete(function, hidden, classes):
         )
 
 
-def per_class(function, name, value, classes):
+def per_class(function, name, value, classes) -> Array | None:
     value = optional_floating(function, name, value)
     if value is not None and value.shape != (classes,):
         raise ValueError(f"{function}: {name} must have one entry per class, shape {(classes,)}, got {value.shape}")
     return value
 
 
-def positive(function, name, value):
+def positive(function, name, value) -> int:
     value = integer(function, name, value)
     if value < 1:
         raise ValueError(f"{function}: {name} must be at least 1, got {value}")
@@ -228,7 +170,7 @@ def broadcastable(function, name, value, shape, what):
     return value
 
 
-def mask(function, value, shape, what, remedy):
+def mask(function, value, shape, what, remedy) -> Array | None:
     """`where`: boolean, broadcastable to `shape`."""
     if value is None:
         return None
@@ -238,10 +180,16 @@ def mask(function, value, shape, what, remedy):
     return broadcastable(function, "where", value, shape, what)
 
 
-def weights(function, class_weight, sample_weight, where, logits, axis):
+def weights(
+    function, class_weight, sample_weight, where, logits, axis
+) -> tuple[Array | None, Array | None, Array | None]:
     """The three label-shaped or class-shaped weights of a loss."""
     shape = logits.shape[:axis] + logits.shape[axis + 1 :]
     classes = logits.shape[axis]
+    if class_weight is not None:
+        class_weight = array(function, "class_weight", class_weight)
+        if jnp.issubdtype(class_weight.dtype, jnp.integer):
+            class_weight = class_weight.astype(compute_dtype(logits.dtype))
     class_weight = per_class(function, "class_weight", class_weight, classes)
     sample_weight = optional_floating(
         function, "sample_weight", sample_weight, "pass a mask as where=, or convert it with .astype(jnp.float32)"
@@ -255,7 +203,10 @@ def weights(function, class_weight, sample_weight, where, logits, axis):
     )
 
 
-def ignored_class(function, ignore_index, labels):
+def ignored_class(function, ignore_index, labels) -> int | None:
+    """`ignore_index`; None, which ignores no label, stays None."""
+    if ignore_index is None:
+        return None
     ignore_index = integer(function, "ignore_index", ignore_index)
     if ignore_index != -100 and jnp.issubdtype(labels.dtype, jnp.floating):
         raise ValueError(
@@ -265,7 +216,10 @@ def ignored_class(function, ignore_index, labels):
     return ignore_index
 
 
-def reduction(function, value):
+def reduction(function, value) -> str:
+    if value is None:
+        wanted = f'one of {REDUCTIONS}, got None; for the loss of each position pass "none"'
+        raise TypeError(f"{function}: reduction must be {wanted}")
     if not isinstance(value, str):
         raise TypeError(f"{function}: reduction must be a string, one of {REDUCTIONS}, got {shown(value)}")
     if value not in REDUCTIONS:
@@ -273,7 +227,7 @@ def reduction(function, value):
     return value
 
 
-def flag(function, name, value):
+def flag(function, name, value) -> bool:
     if not isinstance(value, bool | np.bool_):
         raise TypeError(f"{function}: {name} must be True or False, got {shown(value)}")
     return bool(value)

@@ -4,24 +4,27 @@ from functools import partial
 from typing import NamedTuple
 
 import jax
+import jax.export
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jxent._core.costs import CostInputs, weighs_classes
 from jxent._core.labels import by_index
+from jxent._core.rule import prediction
 from jxent._core.shards import cast_alike, sharded_like
 from jxent._core.weights import only, weigh
+from jxent._loss.placement import CLASSES, placed
 from jxent._loss.positions import coefficients_of, denominator, positions_of, reduced
-from jxent._loss.reports import report_values
+from jxent._loss.reports import report_labels, report_values
 
 
 class Stats(NamedTuple):
     """What `return_stats=True` adds to a loss, taken in the same pass. No gradient flows through it.
 
     All but `weight` have the shape of the positions. Where a position does not count, `log_prob`, `log_normalizer` and
-    `entropy` are 0 and `prediction` is -2**31, which no label is. So for a loss without class and sample weights the
-    accuracy is `jnp.sum(stats.prediction == labels) / stats.weight`, and the loss without smoothing and z-loss is
-    `-jnp.sum(stats.log_prob) / stats.weight`.
+    `entropy` are 0, `prediction` is -2**31, and `correct` is False. So for a loss without class and sample weights the
+    accuracy is `jnp.sum(stats.correct) / stats.weight`, and the loss without smoothing and z-loss is
+    `-jnp.sum(stats.log_prob) / stats.weight`; with weights divide by the number of positions that count.
     """
 
     log_prob: Float[Array, "*positions"]
@@ -32,8 +35,30 @@ class Stats(NamedTuple):
     """Entropy of the softmax, in nats."""
     prediction: Int[Array, "*positions"]
     """Class with the largest logit (int32)."""
+    correct: Bool[Array, "*positions"]
+    """Whether the prediction is the label; for class probabilities, the class with the largest of them."""
     weight: Float[Array, ""]
     """Denominator of the mean."""
+
+
+jax.export.register_namedtuple_serialization(Stats, serialized_name="jxent.Stats")
+
+
+def placed_loss_of(placement, options, rule, logits, labels, weights):
+    """`loss_of`, of arrays sharded by the `Placement`, if that is not None."""
+    positions, axis = tuple(range(logits.ndim - 1)), options.form.axis
+    of_logits = (*positions[:axis], CLASSES, *positions[axis:])
+    dimensions = of_logits, label_dimensions(labels, positions, of_logits), weight_dimensions(weights, positions)
+    return placed(placement, loss_of, (options, rule), (logits, labels, weights), dimensions)
+
+
+def label_dimensions(labels, positions, of_logits):
+    return positions if by_index(labels) else of_logits
+
+
+def weight_dimensions(weights, positions):
+    scalars = jax.tree.map(lambda _: (), weights.scalars)
+    return weights._replace(class_weight=(CLASSES,), sample_weight=positions, where=positions, scalars=scalars)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -55,8 +80,8 @@ def _cost_inputs(options, weights, logits, positions):
     class_weight = weights.class_weight if weighs_classes(options.form, labels) else None
     class_weight = sharded_like(class_weight, logits, [axis])
     keep = None if keep is None else jnp.expand_dims(keep, axis)
-    arrays = {options.argument: logits, "labels": labels}
-    report_values(options.function, keep, masked=(options.argument,), **arrays)
+    labels = report_labels(options, keep, labels, logits.shape[axis] * options.form.shards.number, axis)
+    labels = report_values(options, keep, labels, masked=(options.argument,), **{options.argument: logits})
     labels, (logits, class_weight), keep = cast_alike(options.form.shards, labels, (logits, class_weight), keep)
     return CostInputs(logits, labels, class_weight, keep, positions.first)
 
@@ -65,5 +90,9 @@ def with_stats(options, positions, loss, stats, weight):
     """The loss, and the `Stats` if the options ask for them."""
     if not options.form.stats:
         return loss
-    prediction = only(positions.keep, stats["prediction"], jnp.iinfo(jnp.int32).min)
-    return loss, jax.lax.stop_gradient(Stats(**stats | {"prediction": prediction}, weight=weight))
+    label = positions.labels
+    if not by_index(label):
+        label = jnp.squeeze(prediction(options.form, label, positions.first), options.form.axis)
+    correct = only(positions.keep, stats["prediction"] == label, False)
+    predicted = only(positions.keep, stats["prediction"], jnp.iinfo(jnp.int32).min)
+    return loss, jax.lax.stop_gradient(Stats(**stats | {"prediction": predicted}, correct=correct, weight=weight))

@@ -6,6 +6,7 @@ from jax import Array
 
 from jxent._core.costs import Form, Scalars, wanted_costs
 from jxent._loss import checks
+from jxent._loss.axis_names import Over
 
 
 class Options(NamedTuple):
@@ -15,7 +16,7 @@ class Options(NamedTuple):
     argument: str
     form: Form
     scalars: Scalars  # None for one that is traced
-    ignore_index: int
+    ignore_index: int | None  # None ignores no label
     reduction: str
     batch_axis_name: tuple
 
@@ -29,17 +30,16 @@ class Weights(NamedTuple):
     scalars: Scalars  # None for one that is static
 
 
-def options_of(names, axis, labels, mesh_axes, scalars, ignore_index, reduction, softcap=None, return_stats=False):
-    """(`Options`, the `Scalars` that are traced). `mesh_axes` are as of `axis_names`, `scalars` as of `checks`."""
+def options_of(names, axis, labels, over: Over, scalars, ignore_index, reduction, softcap=None, return_stats=False):
+    """(`Options`, the `Scalars` that are traced). `scalars` are as of `checks`."""
     function, argument = names
-    shards, batch_axes = mesh_axes
     ignore_index = checks.ignored_class(function, ignore_index, labels)
     softcap, reduction = checks.softcap(function, softcap), checks.reduction(function, reduction)
     stats = checks.flag(function, "return_stats", return_stats)
-    form = Form(axis, softcap, wanted_costs(scalars), stats, shards)
+    form = Form(axis, softcap, wanted_costs(scalars), stats, over.shards)
     static = Scalars._make(value if isinstance(value, float) else None for value in scalars)
     traced = Scalars._make(None if isinstance(value, float) else value for value in scalars)
-    return Options(function, argument, form, static, ignore_index, reduction, batch_axes), traced
+    return Options(function, argument, form, static, ignore_index, reduction, over.batch), traced
 
 
 def scalars_of(options, weights):

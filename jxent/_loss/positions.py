@@ -16,7 +16,6 @@ from jxent._core.passes import compute_dtype
 from jxent._core.shards import by_compiler, first_class, local_index, sharded_as_positions, total
 from jxent._core.weights import only, product_of
 from jxent._loss.options import scalars_of
-from jxent._loss.reports import report_labels
 
 
 class Positions(NamedTuple):
@@ -39,7 +38,6 @@ def positions_of(options, weights, labels, array, axis, classes) -> Positions:
     keep = _counted(labels, where, options.ignore_index)
     if by_index(labels):
         labels = only(keep, labels)  # 0 where ignored: in range
-        report_labels(options.function, labels, classes * shards.number)
     sample_weight = weights.sample_weight
     if sample_weight is not None:
         sample_weight = sample_weight.astype(compute_dtype(sample_weight.dtype))
@@ -51,7 +49,7 @@ def positions_of(options, weights, labels, array, axis, classes) -> Positions:
 
 def _counted(labels, where, ignore_index):
     """The positions that count, or None where all do."""
-    if not by_index(labels) or not _holds(labels.dtype, ignore_index):
+    if not by_index(labels) or ignore_index is None or not _holds(labels.dtype, ignore_index):
         return where
     keep = labels != labels.dtype.type(ignore_index)  # as it is, one beyond an int32 would overflow
     return keep if where is None else keep & where

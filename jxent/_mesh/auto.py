@@ -1,21 +1,24 @@
 """The sweep over arrays that are sharded over `Auto` axes, as a primitive of its own.
 
 Only the compiler knows how they are sharded. `custom_partitioning` asks it, and has each device sweep over its shards.
-It does not exist for a TPU (https://github.com/jax-ml/jax/issues/38196), whose compiler moves the sums out of the loop
-by itself, and the gathering of a kernel if it is told to.
+It does not exist for a TPU (https://github.com/jax-ml/jax/issues/38196), whose compiler moves sums and gathers out
+of the loop by itself where it is told that features stay together.
 """
 
-import contextlib
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jxent._core.config import traced_config
+from jxent._core.forward_mode import linear
+from jxent._core.shards import mesh_in_use
 from jxent._mesh.device import all_dimensions, on_each_device
 from jxent._mesh.layout import is_dimensions, layout
 from jxent._sweep.sweep import Sweep, swept
@@ -32,50 +35,78 @@ class _Static(NamedTuple):
     sweep: Sweep
     asked: tuple[str, ...]
     tree: Any  # of (inputs, coefficients)
-    mesh: Any  # of `jax.set_mesh`
-    x64: bool
-    matmul_precision: Any
+    mesh: Any  # `mesh_in_use`
+    config: Any  # `traced_config`
+    moving: tuple[int, ...] | None = None  # the leaves that have tangents, which follow; the results are tangents then
 
-    @contextlib.contextmanager
-    def config(self):
-        with jax.enable_x64(self.x64), jax.default_matmul_precision(self.matmul_precision):
-            yield
+    def pushed(self, function, arrays):
+        """``function(*arrays)``, or the tangents of that."""
+        if self.moving is None:
+            return function(*arrays)
+        number = self.tree.num_leaves
+        return _jvp_of(function, self.moving, arrays[:number], arrays[number:])
+
+
+def _jvp_of(function, moving, arrays, tangents):
+    def of_moving(*moved):
+        every = dict(enumerate(arrays)) | dict(zip(moving, moved, strict=True))
+        return function(*every.values())
+
+    return jax.jvp(of_moving, [arrays[i] for i in moving], list(tangents))[1]
 
 
 def swept_by_compiler(sweep, asked, inputs, coefficients):
     """`swept`, of arrays whose sharding the compiler knows."""
     arrays, tree = jax.tree.flatten((inputs, coefficients))
-    config: Any = jax.config
-    mesh = jax.sharding.get_abstract_mesh()
-    static = _Static(sweep, asked, tree, mesh, config.jax_enable_x64, config.jax_default_matmul_precision)
+    static = _Static(sweep, asked, tree, mesh_in_use(*arrays), traced_config())
     names = all_dimensions(sweep, asked, inputs, coefficients)
-    # A parameter, for JAX to see that its lowering depends on the devices.
-    program = jax.make_jaxpr(partial(_partitioned, static=static, names=names))(*arrays)
     results = jax.tree.structure(names[1], is_leaf=is_dimensions)
-    return jax.tree.unflatten(results, _sweep_p.bind(*arrays, static=static, program=program))
+    return jax.tree.unflatten(results, _bind(static, names, arrays))
+
+
+def _bind(static, names, arrays):
+    """The sweep, or its tangents; `names` has the dimensions of arguments and results, in trees of theirs."""
+    # The program is a parameter, for JAX to see that its lowering depends on the devices.
+    program = jax.make_jaxpr(partial(_partitioned, static=static, names=names))(*arrays)
+    return _sweep_p.bind(*arrays, static=static, program=program)
+
+
+@cache
+def depends_on_devices():
+    """A program whose lowering depends on the devices, as that of a sweep does."""
+    f = custom_partitioning(lambda x: x)
+    f.def_partition(lambda mesh, arguments, _: (mesh, lambda x: x, arguments[0].sharding, ()), sharding_rule="-> ")
+    return jax.make_jaxpr(f)(0.0)
 
 
 def _plain(*arrays, static, program=None):
     del program
-    return jax.tree.leaves(swept(static.sweep, static.asked, *jax.tree.unflatten(static.tree, arrays)))
+
+    def sweep(*arrays):
+        return jax.tree.leaves(swept(static.sweep, static.asked, *static.tree.unflatten(arrays)))
+
+    return static.pushed(sweep, arrays)
 
 
 def _partitioned(*arrays, static, names):
     sweep, asked, tree = static.sweep, static.asked, static.tree
     arguments, results = (jax.tree.leaves(dims, is_leaf=is_dimensions) for dims in names)
+    arguments += [arguments[i] for i in static.moving or ()]
 
     def planned(mesh, arrays):
         """(the layout, shardings of the results, shardings of the arguments)."""
-        plan = layout(dict(mesh.shape), jax.tree.unflatten(tree, arrays)[0], names[0][0])
+        plan = layout(dict(mesh.shape), tree.unflatten(arrays[: tree.num_leaves])[0], names[0][0])
         return plan, *jax.tree.map(partial(NamedSharding, mesh), plan.specs([results, arguments]))
 
     def partition(mesh, arguments, _):
         plan, of_results, of_arguments = planned(mesh, *arguments)
 
+        def on_this_device(*shards):
+            return jax.tree.leaves(on_each_device(sweep, asked, dict(mesh.shape), plan, *tree.unflatten(shards)))
+
         def local(arrays):
             with static.config():
-                shards = jax.tree.unflatten(tree, arrays)
-                return jax.tree.leaves(on_each_device(sweep, asked, dict(mesh.shape), plan, *shards))
+                return static.pushed(on_this_device, arrays)
 
         return mesh, local, of_results, (of_arguments,)
 
@@ -99,13 +130,27 @@ def _on_mesh(*arrays, static, program):
 
 def _by_tpu(*arrays, static, program):
     del program
-    inputs, coefficients = jax.tree.unflatten(static.tree, arrays)
-    if not static.mesh.empty:
-        spec = PartitionSpec(*(PartitionSpec.UNCONSTRAINED if a == static.sweep.vocab_axis else None for a in range(2)))
-        kernel = lax.with_sharding_constraint(inputs.kernel, NamedSharding(static.mesh, spec))
-        inputs = inputs._replace(kernel=kernel)
+    mesh, vocab_axis = static.mesh, static.sweep.vocab_axis
+    whole_features = [PartitionSpec.UNCONSTRAINED if a == vocab_axis else None for a in range(2)]
+
+    def constrained(array, spec):
+        return array if mesh.empty else lax.with_sharding_constraint(array, NamedSharding(mesh, PartitionSpec(*spec)))
+
+    # Or the compiler shards the block's logits by features, where parameters or activations are sharded so, and sums or
+    # gathers the kernel or its gradient in every block.
+    def sweep(*arrays):
+        inputs, coefficients = static.tree.unflatten(arrays)
+        any_positions = [PartitionSpec.UNCONSTRAINED] * (inputs.hidden.ndim - 1)
+        inputs = inputs._replace(
+            kernel=constrained(inputs.kernel, whole_features), hidden=constrained(inputs.hidden, [*any_positions, None])
+        )
+        out, grads = swept(static.sweep, static.asked, inputs, coefficients)
+        if "kernel" in grads:
+            grads["kernel"] = constrained(grads["kernel"], whole_features)
+        return jax.tree.leaves((out, grads))
+
     with static.config():
-        return _plain(*jax.tree.leaves((inputs, coefficients)), static=static)
+        return static.pushed(sweep, arrays)
 
 
 def _abstract(*arrays, static, program):
@@ -119,17 +164,33 @@ def _batched(arrays, axes, *, static, program):
     return out, [0] * len(out)
 
 
+# The tangents of a sweep are a sweep, too. Tangents of those, and gradients, are left to the compiler.
 def _jvp(primals, tangents, *, static, program):
-    del program
-    moving = [i for i, tangent in enumerate(tangents) if type(tangent) is not ad.Zero]
+    moving = tuple(i for i, tangent in enumerate(tangents) if type(tangent) is not ad.Zero)
+    out = _sweep_p.bind(*primals, static=static, program=program)
+    plain = partial(_jvp_of, partial(_plain, static=static), moving)
+    floats = [i for i, array in enumerate(out) if jnp.issubdtype(array.dtype, jnp.floating)]
 
-    def f(*arrays):
-        every = list(primals)
-        for i, array in zip(moving, arrays, strict=True):
-            every[i] = array
-        return _plain(*every, static=static)
+    def apply(primals, tangents):
+        if static.moving is None:
+            names = all_dimensions(static.sweep, static.asked, *static.tree.unflatten(primals))
+            moved = _bind(static._replace(moving=moving), names, [*primals, *tangents])
+        else:
+            moved = plain(primals, tangents)
+        return [moved[i] for i in floats]
 
-    return jax.jvp(f, tuple(primals[i] for i in moving), tuple(tangents[i] for i in moving))
+    def transpose(primals, cotangents):
+        def moved(*tangents):
+            every = plain(primals, tangents)
+            return [every[i] for i in floats]
+
+        return jax.linear_transpose(moved, *(primals[i] for i in moving))(cotangents)
+
+    moved = linear(apply, transpose, primals, [tangents[i] for i in moving], [out[i] for i in floats], program)
+    every = dict.fromkeys(range(len(out))) | dict(zip(floats, moved, strict=True))
+    return out, [
+        ad.Zero(jax.typeof(out[i]).to_tangent_aval()) if tangent is None else tangent for i, tangent in every.items()
+    ]
 
 
 _sweep_p.def_impl(_plain)

@@ -11,10 +11,14 @@ from jxent._mesh.layout import entries, layout
 from jxent._sweep.sweep import swept
 
 
+def axes_in_use(arrays):
+    """Not all of the explicit axes: over some an enclosing `vmap` may have mapped."""
+    return [axis for a in jax.tree.leaves(arrays) for entry in entries(a) for axis in entry]
+
+
 def swept_by_types(mesh, sweep, asked, inputs, coefficients):
     """`swept`, of arrays whose types say how they are sharded."""
-    # Not all of the explicit axes: over some an enclosing `vmap` may have mapped.
-    used = [axis for a in jax.tree.leaves((inputs, coefficients)) for entry in entries(a) for axis in entry]
+    used = axes_in_use((inputs, coefficients))
     if not used:
         with jax.sharding.use_abstract_mesh(mesh):
             return swept(sweep, asked, inputs, coefficients)

@@ -24,12 +24,16 @@ def operands_of_block(hidden, kernel):
     return barrier((hidden.astype(dtype), kernel.astype(dtype)))
 
 
-def kernel_gradient(hidden, dlogits, precision):
-    """(features, vocab), whatever the kernel is: the hidden states are cheaper to transpose than the other operand.
+def kernel_gradient(hidden, dlogits, vocab_axis, cpu, precision):
+    """In the layout of the kernel; on a CPU (features, vocab), because the hidden states are cheaper to transpose.
 
     XLA:CPU multiplies 16-bit operands as they are only if the first one is contracted over its last axes, and otherwise
     writes both in float32. The barrier makes it transpose, and the axis of size 1 in memory, not by layout.
     """
+    if not cpu:
+        positions = tuple(range(hidden.ndim - 1))
+        operands = (hidden, dlogits) if vocab_axis else (dlogits, hidden)
+        return dot(*operands, (positions, positions), precision)
     positions = tuple(range(hidden.ndim))  # the last is the axis of size 1
     hidden = barrier(jnp.moveaxis(hidden[..., None, :], -1, 0))
     return dot(hidden, dlogits[..., None, :], (tuple(a + 1 for a in positions), positions), precision)
@@ -37,7 +41,7 @@ def kernel_gradient(hidden, dlogits, precision):
 
 def as_kernel(gradient, vocab_axis, cpu):
     """The gradient of `kernel_gradient` in the layout of the kernel."""
-    if vocab_axis:
+    if vocab_axis or not cpu:
         return gradient
     # The barrier keeps XLA:CPU from transposing the operands instead, for it cannot multiply 16-bit ones that way.
-    return (barrier(gradient) if cpu else gradient).T
+    return barrier(gradient).T

@@ -14,10 +14,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jxent._core.costs import CostInputs, Form, steepness
-from jxent._core.passes import apart, barrier, compute_dtype, on_cpu
-from jxent._core.rule import costs_bwd, costs_fwd
-from jxent._core.shards import cast, varying
-from jxent._core.weights import only
+from jxent._core.labels import by_index
+from jxent._core.passes import apart, barrier, compute_dtype, given, on_cpu
+from jxent._core.rule import costs_bwd, costs_fwd, costs_of_block, counted
+from jxent._core.shards import cast, cast_alike, varying
+from jxent._core.weights import along, only
 from jxent._sweep.blocks import blocks_of, not_repeated, put, take
 from jxent._sweep.matmuls import as_kernel, dot, kernel_gradient, operands_of_block
 
@@ -56,11 +57,11 @@ POSITIONAL = ("hidden", "labels", "keep")
 # --- one block --------------------------------------------------------------------------------------------------------
 
 
-def _block(sweep, asked, room, inputs, coefficients):
+def _block(sweep, asked, cpu, inputs, coefficients):
     """(`Swept`, gradients) of one block, the gradients a dictionary of what is asked for.
 
     The gradient is that of the costs' sum with these coefficients. Gradients of what all blocks share come in the dtype
-    to sum them in, that of the kernel as (features, vocab). With `room` a CPU keeps exponentials.
+    to sum them in, that of the kernel as of `kernel_gradient`. A CPU has room for exponentials.
     """
     last = inputs.hidden.ndim - 1
     row_keep = None if inputs.keep is None else inputs.keep[..., None]
@@ -68,11 +69,22 @@ def _block(sweep, asked, room, inputs, coefficients):
     h, k = operands_of_block(only(row_keep, inputs.hidden), inputs.kernel)
     logits = dot(h, k, ((last,), (1 - sweep.vocab_axis,)), sweep.precision)
     if inputs.bias is not None:
-        logits = logits + inputs.bias
-    given = CostInputs(logits, inputs.labels, inputs.class_weight, row_keep, inputs.first)
-    out, residuals = costs_fwd(sweep.form, room, given)
+        dtype = compute_dtype(logits.dtype, inputs.bias.dtype)
+        logits = logits.astype(dtype) + given(along(inputs.bias, logits.ndim, last, dtype))
+    of_block = CostInputs(logits, inputs.labels, inputs.class_weight, row_keep, inputs.first)
+    if not by_index(inputs.labels):
+        of_block = counted(of_block)  # the hidden states are selected, but probabilities of what does not count are not
+    if asked:
+        out, residuals = costs_fwd(sweep.form, cpu, of_block)
+    else:
+        # Their gradients must vary over a mesh as they do.
+        labels, (logits, class_weight), keep = cast_alike(
+            sweep.form.shards, of_block.labels, (of_block.logits, of_block.class_weight), of_block.keep
+        )
+        of_block = CostInputs(logits, labels, class_weight, keep, inputs.first)
+        out, residuals = costs_of_block((sweep.form, cpu), of_block), None
     swept = Swept(*jax.tree.map(lambda row: only(inputs.keep, row[..., 0]), out))
-    if not asked:
+    if residuals is None:
         return swept, {}
 
     to_costs = {name: c[..., None].astype(swept.costs[name].dtype) for name, c in coefficients.items()}
@@ -82,7 +94,7 @@ def _block(sweep, asked, room, inputs, coefficients):
     if "hidden" in asked:
         grads["hidden"] = dot(g, k, ((last,), (sweep.vocab_axis,)), sweep.precision)
     if "kernel" in asked:
-        grads["kernel"] = kernel_gradient(h, g, sweep.precision)
+        grads["kernel"] = kernel_gradient(h, g, sweep.vocab_axis, cpu, sweep.precision)
     if "bias" in asked:
         # Once more, for the sum alone: for two uses at once XLA:CPU would write every term of the gradient.
         (residuals, to_costs), _ = barrier(((residuals, to_costs), g))
@@ -115,9 +127,11 @@ def _float16_scale(coefficients, class_weight):
     large, are above the smallest, 2**-24. Class weights multiply the costs; the gradient of the squared normalizer has
     a factor of 2 (m + log_z), taken to be below 2**10, for which its `steepness` stands.
     """
-    largest = jnp.max(jnp.stack([jnp.max(jnp.abs(c), initial=0) * steepness(name) for name, c in coefficients.items()]))
+    dtype = compute_dtype(*(c.dtype for c in coefficients.values()))
+    sizes = [jnp.max(jnp.abs(c), initial=0).astype(dtype) * steepness(name) for name, c in coefficients.items()]
+    largest = jnp.max(jnp.stack(sizes))
     if class_weight is not None:
-        largest *= jnp.maximum(jnp.max(jnp.abs(class_weight)), jnp.finfo(jnp.float32).tiny)
+        largest *= jnp.maximum(jnp.max(jnp.abs(class_weight)).astype(dtype), jnp.finfo(jnp.float32).tiny)
     return jnp.where((largest > 0) & (largest < jnp.inf), largest, 1) / 2**12
 
 
@@ -176,7 +190,8 @@ def _all_blocks(blocks, block):
     def zeros(leading, like):
         return jax.tree.map(lambda a: cast(jnp.zeros((*leading, *a.shape[len(leading) :]), a.dtype), varying(a)), like)
 
-    traced_once = jax.jit(block, inline=True)  # for the shapes and for the loop
+    # The jit traces it once for the shapes and for the loop; a gradient of the loop computes a block again.
+    traced_once = jax.jit(jax.checkpoint(block, prevent_cse=False), inline=True)
 
     def step(i, carry):
         each, sums = traced_once(i)

@@ -1,0 +1,88 @@
+"""Labels, checked at trace time: indices or probabilities, by dtype and shape, or neither, and then what to do."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jxent._loss import checks
+
+
+def logits_and_labels(function, name, logits, labels, axis) -> tuple[Array, Array, int]:
+    """(logits, labels, the class axis counted from the front) of a loss of logits, which the caller calls `name`."""
+    logits = checks.floating(function, name, logits, "convert it with .astype(jnp.float32), or swap it with labels")
+    axis = checks.class_axis(function, name, logits, axis)
+    return logits, class_labels(function, name, logits, labels, axis), axis
+
+
+def class_labels(function, name, logits, labels, axis) -> Array:
+    """Class indices (any integer dtype, at least 32 bits on return) or class probabilities, by dtype and shape.
+
+    Only the shape of `logits` is read. `name` is what the caller calls them, or None for `linear_cross_entropy`, which
+    has hidden states instead and no axis to choose.
+    """
+    if (
+        isinstance(labels, np.ndarray)
+        and labels.dtype.kind in "iu"
+        and jax.dtypes.canonicalize_dtype(labels.dtype) != labels.dtype
+    ):
+        # Of 64 bits JAX would keep the low 32 alone, and take a label of 2**32 for 0.
+        labels = np.clip(labels, -(2**31), 2**31 - 1).astype(np.int32)
+    labels = checks.array(function, "labels", labels)
+    shape = logits.shape[:axis] + logits.shape[axis + 1 :]
+    if jnp.issubdtype(labels.dtype, jnp.integer):
+        if labels.shape != shape:
+            wanted = f"the leading shape of hidden, {shape}"
+            if name is not None:
+                wanted = (
+                    f"the shape of {name} without its class axis, {shape} for {name} of shape {logits.shape} with "
+                    f"axis={axis}"
+                )
+            remedy = _index_remedy(logits, labels, shape, has_axis=name is not None)
+            raise ValueError(f"{function}: integer labels must have {wanted}, got {labels.shape}{remedy}")
+        return labels.astype(jnp.int32) if labels.dtype.itemsize < 4 else labels
+    if labels.dtype not in checks.FLOATING:
+        raise TypeError(
+            f"{function}: labels must be integers (class indices) or floating point (class probabilities), got "
+            f"{labels.dtype}; {_dtype_remedy(logits, labels, shape)}"
+        )
+    if labels.shape != logits.shape:
+        remedy = "; if they are class indices, convert them with .astype(jnp.int32)" if labels.shape == shape else ""
+        wanted = "the leading shape of hidden and the vocabulary" if name is None else f"the shape of {name}"
+        raise ValueError(
+            f"{function}: floating-point labels are class probabilities and must have {wanted}, {logits.shape}, got "
+            f"{labels.shape}{remedy}"
+        )
+    return labels
+
+
+BINARY = (
+    "where each logit is a yes or no of its own (a binary problem), give it two classes: "
+    "logits=jnp.stack([jnp.zeros_like(x), x], -1), with labels of 0 and 1 in the shape of x"
+)
+
+
+def _dtype_remedy(logits, labels, shape):
+    if labels.shape == logits.shape != shape:
+        return "if they are one-hot, convert them with .astype(jnp.float32)"
+    if labels.shape == shape:
+        return "convert them with .astype(jnp.int32)"
+    return "convert them with .astype(jnp.int32) or .astype(jnp.float32)"
+
+
+def _index_remedy(logits, labels, shape, has_axis):
+    one_column = has_axis and logits.shape[-1:] == (1,) and labels.shape == logits.shape
+    if has_axis and labels.shape == logits.shape and (logits.ndim == 1 or one_column):
+        x = " (x = logits[..., 0], and labels[..., 0])" if one_column else ""
+        return f"; {BINARY}{x}; if they are one-hot, convert them with .astype(jnp.float32)"
+    if labels.shape == logits.shape:
+        return "; if they are one-hot, convert them with .astype(jnp.float32)"
+    if has_axis and logits.ndim > 1 and labels.shape == logits.shape[:1] + logits.shape[2:]:
+        return "; for PyTorch's layout (N, C, d1, ..., dk) pass axis=1"
+    if has_axis and logits.ndim > 1 and labels.shape == logits.shape[:-1]:
+        return "; for classes on the last axis pass axis=-1"
+    if math.prod(labels.shape) == math.prod(shape) and 1 in labels.shape:
+        return f"; drop the axes of size 1 with .reshape({shape})"
+    return ""

@@ -1,0 +1,102 @@
+"""Every public function in the modes in which JAX refuses promotions, leaks or NaN, and without jit.
+
+Each function is called, and differentiated by all of its floating-point arguments, with dtypes that users have.
+"""
+
+import contextlib
+from functools import partial
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jxent
+
+RNG = np.random.default_rng(16)
+POSITIONS, CLASSES, FEATURES = (2, 3), 5, 4
+FLOATS = {
+    "logits": (*POSITIONS, CLASSES),
+    "hidden": (*POSITIONS, FEATURES),
+    "kernel": (FEATURES, CLASSES),
+    "bias": (CLASSES,),
+    "class_weight": (CLASSES,),
+    "sample_weight": (POSITIONS[-1],),
+    "q": (*POSITIONS, CLASSES),
+}
+FLOATS = {name: RNG.uniform(0.5, 2, shape) for name, shape in FLOATS.items()}
+FLOATS["q"] /= FLOATS["q"].sum(-1, keepdims=True)
+WEIGHTS = ("class_weight", "sample_weight")
+ALL = {"label_smoothing": 0.1, "z_loss_weight": 0.01, "logit_softcap": 5.0}
+
+# name: (function, floating-point arguments by position, the others by name, options)
+CALLS = {
+    "logsumexp": (jxent.logsumexp, ("logits",), (), {"where": RNG.random(CLASSES) < 0.8}),
+    "softmax": (jxent.softmax, ("logits",), (), {"where": RNG.random((*POSITIONS, CLASSES)) < 0.8}),
+    "log_softmax": (jxent.log_softmax, ("logits",), (), {}),
+    "nll_loss": (jxent.nll_loss, ("logits", "labels"), WEIGHTS, {"where": RNG.random(POSITIONS[-1]) < 0.8}),
+    "nll_loss-probabilities": (jxent.nll_loss, ("logits", "q"), WEIGHTS, {}),
+    "cross_entropy": (jxent.cross_entropy, ("logits", "labels"), (), {}),
+    "cross_entropy-all": (jxent.cross_entropy, ("logits", "labels"), WEIGHTS, {"return_stats": True, **ALL}),
+    "cross_entropy-probabilities": (jxent.cross_entropy, ("logits", "q"), WEIGHTS, {"return_stats": True, **ALL}),
+    "linear": (jxent.linear_cross_entropy, ("hidden", "kernel", "labels"), (), {"block_size": 2}),
+    "linear-all": (
+        jxent.linear_cross_entropy,
+        ("hidden", "kernel", "labels"),
+        ("bias", *WEIGHTS),
+        {"block_size": 2, "return_stats": True, **ALL},
+    ),
+    "linear-none": (
+        jxent.linear_cross_entropy,
+        ("hidden", "kernel", "q"),
+        ("bias", *WEIGHTS),
+        {"block_size": 2, "reduction": "none", **ALL},
+    ),
+}
+MODES = {
+    "strict": (partial(jax.numpy_dtype_promotion, "strict"), partial(jax.numpy_rank_promotion, "raise")),
+    "leaks": (jax.checking_leaks,),
+    "NaN": (partial(jax.debug_nans, True),),
+    "no jit": (jax.disable_jit,),
+}
+# The other modes, which do not look at dtypes, take the first.
+DTYPES = [("float32", "int32"), ("bfloat16", "int8"), ("float16", "uint16"), ("float32", "int16")]
+
+
+def arrays_of(names, dtype, label_dtype):
+    labels = jnp.asarray(RNG.integers(0, CLASSES, POSITIONS), label_dtype)
+    return {name: labels if name == "labels" else jnp.asarray(FLOATS[name], dtype) for name in names}
+
+
+def result(name, dtype, label_dtype, jit):
+    function, positional, by_name, options = CALLS[name]
+    arrays = arrays_of((*positional, *by_name), dtype, label_dtype)
+
+    def f(floats, rest):
+        given = floats | rest
+        out = function(*(given[name] for name in positional), **{name: given[name] for name in by_name}, **options)
+        loss, *stats = out if isinstance(out, tuple) else (out,)
+        return jnp.sum(jnp.sin(loss.astype(jnp.float32))), stats
+
+    floats = {name: array for name, array in arrays.items() if name != "labels"}
+    rest = {name: array for name, array in arrays.items() if name == "labels"}
+    f = jax.value_and_grad(f, has_aux=True)
+    return (jax.jit(f) if jit else f)(floats, rest)
+
+
+@pytest.mark.covering(*(f"{name}-strict" for name in CALLS), "linear-leaks", "linear-all-NaN", "linear-all-no jit")
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", CALLS)
+def test_strict_mode(name, mode):
+    """The mode refuses nothing, with gradients. The losses are jitted anyway; a leak may be into a `jit` around."""
+    jax.clear_caches()  # what was traced before would not be looked at
+    with contextlib.ExitStack() as stack:
+        for enter in MODES[mode]:
+            stack.enter_context(enter())
+        for dtypes in DTYPES if mode == "strict" else DTYPES[:1]:
+            (value, stats), gradients = result(name, *dtypes, jit=mode == "leaks")
+            chex.assert_tree_all_finite((value, stats, gradients))
+            for gradient in jax.tree.leaves(gradients):
+                assert gradient.dtype == dtypes[0]
+                assert np.any(np.asarray(gradient))
