@@ -38,9 +38,14 @@ def with_forward_mode(rule, tangent, symbolic_zeros=False, program=None):
         leaves, tree = jax.tree.flatten(primals)
         directions = tree.flatten_up_to(tangents)
         moving = [i for i, direction in enumerate(directions) if not isinstance(direction, SymbolicZero)]
-        if symbolic_zeros:
-            leaves = [CustomVJPPrimal(leaf, i in moving) for i, leaf in enumerate(leaves)]
-        out, residuals = rule.fwd(static, *tree.unflatten(leaves))
+
+        @_in_one_piece
+        def forward(*leaves):
+            if symbolic_zeros:
+                leaves = [CustomVJPPrimal(leaf, i in moving) for i, leaf in enumerate(leaves)]
+            return rule.fwd(static, *tree.unflatten(leaves))
+
+        out, residuals = forward(*leaves)
         of_gradients, of_none = out
         differentiable, tree_of_differentiable = jax.tree.flatten(of_gradients)
         still = [zero_from_primal(leaf, symbolic_zeros=True) for leaf in jax.tree.leaves(of_none)]
@@ -64,6 +69,16 @@ def with_forward_mode(rule, tangent, symbolic_zeros=False, program=None):
 
     function.defjvp(jvp, symbolic_zeros=True)
     return function
+
+
+def _in_one_piece(function):
+    """`function`, which JAX does not take apart while it separates values from tangents.
+
+    It would look for what does not change in a loop of the function, and so lose the `custom_jvp` rules in it.
+    """
+    whole = jax.custom_jvp(function)
+    whole.defjvp(lambda primals, tangents: jax.jvp(function, primals, tangents))
+    return whole
 
 
 @jax.custom_jvp
