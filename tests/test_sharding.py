@@ -624,48 +624,73 @@ def test_gradient_inside_shard_map_unchecked(expected, name):
     assert_equal((value, jax.tree.map(lambda g: g / 4, grads)), expected[name])
 
 
-@pytest.mark.covering("cross_entropy-forward")
-@pytest.mark.parametrize("outer", ["forward", "reverse"])
-@pytest.mark.parametrize(
+SECOND_DERIVATIVES = pytest.mark.parametrize(
     "name", ["cross_entropy", "cross_entropy-all", "cross_entropy-probabilities", "linear", "logsumexp"]
 )
+
+
+def argument_of(name):
+    """Which argument of `value_and_grad(name)` is sharded over the vocabulary."""
+    return {"linear": 2}.get(name, 1)
+
+
+def hessian_vector_product(f, argument, outer, *arrays):
+    """That of the function of one of its arguments; the direction is the cosine of the argument."""
+    arrays = list(map(jnp.asarray, arrays))
+    at, direction = arrays[argument], jnp.cos(arrays[argument])
+
+    def gradient(at):
+        return jax.grad(f, argument)(*arrays[:argument], at, *arrays[argument + 1 :])
+
+    if outer == "forward":
+        return jax.jvp(gradient, (at,), (direction,))[1]
+    return jax.grad(lambda at: jnp.vdot(gradient(at), direction))(at)
+
+
+@pytest.mark.covering("cross_entropy-forward")
+@pytest.mark.parametrize("outer", ["forward", "reverse"])
+@SECOND_DERIVATIVES
 def test_second_derivatives_in_shard_map(name, outer):
     """A Hessian-vector product by what is sharded, one shard of it on each device."""
-    argument = {"linear": 2}.get(name, 1)
-
-    def product(*arrays, **options):
-        f, _ = value_and_grad(name, **options)
-        arrays = list(map(jnp.asarray, arrays))
-        at, direction = arrays[argument], jnp.cos(arrays[argument])
-
-        def gradient(at):
-            return jax.grad(f, argument)(*arrays[:argument], at, *arrays[argument + 1 :])
-
-        if outer == "forward":
-            return jax.jvp(gradient, (at,), (direction,))[1]
-        return jax.grad(lambda at: jnp.vdot(gradient(at), direction))(at)
-
+    argument, (whole, _), (f, _) = argument_of(name), value_and_grad(name), value_and_grad(name, axis_name="vocab")
     specs = (P(), *(SPECS.get(a, P()) for a in CALLS[name][1]))
-    f = partial(product, axis_name="vocab")
-    f = jax.shard_map(f, mesh=mesh_of("Auto", vocab=4), in_specs=specs, out_specs=specs[argument])
-    assert_equal(jax.jit(f)(*arrays_of(name)), jax.jit(product)(*arrays_of(name)))
+    product = partial(hessian_vector_product, f, argument, outer)
+    product = jax.shard_map(product, mesh=mesh_of("Auto", vocab=4), in_specs=specs, out_specs=specs[argument])
+    wanted = jax.jit(partial(hessian_vector_product, whole, argument, outer))(*arrays_of(name))
+    assert_equal(jax.jit(product)(*arrays_of(name)), wanted)
+
+
+def in_shards(array, axis):
+    """Four shards of the axis, along an axis of their own; None for no axis."""
+    if axis is None:
+        return jnp.asarray(array)
+    return array.reshape(*array.shape[:axis], 4, -1, *array.shape[axis + 1 :])
+
+
+def mapped_by_vmap(name):
+    """(the loss as a function of arrays `in_shards`, the axes of these, None for an array in one piece)."""
+    f, _ = value_and_grad(name, axis_name="vocab")
+    axes = (None, *(SPECS[a].index("vocab") if a in SPECS else None for a in CALLS[name][1]))
+    over_shards = jax.vmap(f, in_axes=axes, axis_name="vocab")
+    return lambda *arrays: over_shards(*arrays)[0], axes
 
 
 @pytest.mark.parametrize("name", short((*SOME, "cross_entropy-probabilities", "nll_loss"), *SOME, "nll_loss"))
 def test_axis_name_in_vmap(expected, name):
-    f, wrt = value_and_grad(name, axis_name="vocab")
-    axes = (None, *(SPECS[a].index("vocab") if a in SPECS else None for a in CALLS[name][1]))
-
-    def split(array, axis):
-        if axis is None:
-            return jnp.asarray(array)
-        return array.reshape(*array.shape[:axis], 4, -1, *array.shape[axis + 1 :])
-
-    arrays = [split(a, axis) for a, axis in zip(arrays_of(name), axes, strict=True)]
-    over_shards = jax.vmap(f, in_axes=axes, axis_name="vocab")
-    value, grads = jax.jit(jax.value_and_grad(lambda *a: over_shards(*a)[0], wrt))(*arrays)
-    wanted = expected[name][0], tuple(split(g, axes[i]) for i, g in zip(wrt, expected[name][1], strict=True))
+    (f, axes), (_, wrt) = mapped_by_vmap(name), value_and_grad(name)
+    arrays = map(in_shards, arrays_of(name), axes)
+    value, grads = jax.jit(jax.value_and_grad(f, wrt))(*arrays)
+    wanted = expected[name][0], tuple(in_shards(g, axes[i]) for i, g in zip(wrt, expected[name][1], strict=True))
     assert_equal((value, grads), wanted)
+
+
+@pytest.mark.parametrize("outer", ["forward", "reverse"])
+@SECOND_DERIVATIVES
+def test_second_derivatives_in_vmap(name, outer):
+    argument, (whole, _), (f, axes) = argument_of(name), value_and_grad(name), mapped_by_vmap(name)
+    product = jax.jit(partial(hessian_vector_product, f, argument, outer))(*map(in_shards, arrays_of(name), axes))
+    wanted = jax.jit(partial(hessian_vector_product, whole, argument, outer))(*arrays_of(name))
+    assert_equal(product, in_shards(wanted, axes[argument]))
 
 
 @pytest.mark.covering("log_softmax-False")

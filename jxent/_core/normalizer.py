@@ -23,7 +23,7 @@ from jax import Array
 
 from jxent._core.forward_mode import linear
 from jxent._core.passes import Arrays, Moving, Passes, confident
-from jxent._core.shards import largest, shards_of, shared_cotangent
+from jxent._core.shards import each_shards_own, first_class, largest, shards_of, shared_cotangent
 
 
 class Normalizer(NamedTuple):
@@ -62,6 +62,8 @@ def normalizer(logits, label, axis, cap, dtype, room=False, axis_name=()) -> Nor
     m = top if cap is None else cap * jnp.tanh(top / cap)
     log_normalizer = jnp.where(m == jnp.inf, jnp.inf, m + log_z)  # where log_z is NaN
     log_normalizer = jnp.where(empty, -jnp.inf, log_normalizer)
+    shards = shards_of(axis_name)  # as their tangents, or `jax.vmap` would take these to be shared and those not
+    top, log_z, log_normalizer = each_shards_own((top, log_z, log_normalizer), shards, first_class(shards, 1))
     return Normalizer(top, log_z, log_normalizer, passes.arrays.exp)
 
 
