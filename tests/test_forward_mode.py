@@ -119,6 +119,43 @@ def test_against_differences(name, x64):
     check_grads(jax.jit(f), (at,), order=3, modes=("fwd", "rev"), atol=1e-5, rtol=1e-5)
 
 
+LOSSES = {  # of (scores, labels, options)
+    "cross_entropy": lambda scores, labels, **options: jxent.cross_entropy(
+        scores, labels, label_smoothing=0.1, **options
+    ),
+    "nll_loss": jxent.nll_loss,
+    "linear": lambda scores, labels, **options: jxent.linear_cross_entropy(
+        scores, jnp.cos(jnp.arange(20.0)).reshape(5, 4), labels, block_size=2, **options
+    ),
+}
+
+
+@pytest.mark.parametrize("labels", ["index", "probability"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_what_does_not_count_is_in_no_derivative(name, labels, x64):
+    """Positions that are left out hold NaN; every derivative is as if they held 0. Their tangents may be NaN too."""
+    scores, v = -jnp.exp(jnp.sin(jnp.arange(30.0))).reshape(6, 5), jnp.cos(jnp.arange(30.0)).reshape(6, 5)
+    counts = jnp.array([True, False, True, True, False, True])
+    classes = 4 if name == "linear" else 5
+    given = jnp.arange(6) % classes if labels == "index" else jax.nn.softmax(scores[:, :classes])
+
+    def filled(array, value):
+        return jnp.where(counts[:, None], array, value) if array.ndim == 2 else array
+
+    def loss(value, scores):
+        return LOSSES[name](scores, filled(given, value), where=counts)
+
+    of_nan, of_zeros = (partial(loss, value) for value in (jnp.nan, 0.0))
+    with_nan, with_zeros = filled(scores, jnp.nan), filled(scores, 0.0)
+    for order in (1, 2):
+        wanted = derivatives(of_zeros, order)(with_zeros, v)
+        for mode, got in derivatives(of_nan, order)(with_nan, v).items():
+            assert np.all(np.isfinite(got)), mode
+            np.testing.assert_array_equal(got, wanted[mode], err_msg=mode)
+    moved = jax.jvp(of_nan, (with_nan,), (filled(v, jnp.nan),))[1]
+    np.testing.assert_array_equal(moved, jax.jvp(of_zeros, (with_zeros,), (v,))[1])
+
+
 # --- JAX's transformations --------------------------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ Further derivatives, of the residuals, are those of the code: of `fwd`, of `bwd`
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,8 @@ from jax.interpreters import ad, batching, mlir
 from jxent._core.config import traced_config
 from jxent._core.shards import cast, varying
 from jxent._core.weights import only
+
+T = TypeVar("T")
 
 
 def with_forward_mode(rule, tangent, symbolic_zeros=False, program=None):
@@ -38,14 +40,9 @@ def with_forward_mode(rule, tangent, symbolic_zeros=False, program=None):
         leaves, tree = jax.tree.flatten(primals)
         directions = tree.flatten_up_to(tangents)
         moving = [i for i, direction in enumerate(directions) if not isinstance(direction, SymbolicZero)]
-
-        @_in_one_piece
-        def forward(*leaves):
-            if symbolic_zeros:
-                leaves = [CustomVJPPrimal(leaf, i in moving) for i, leaf in enumerate(leaves)]
-            return rule.fwd(static, *tree.unflatten(leaves))
-
-        out, residuals = forward(*leaves)
+        if symbolic_zeros:
+            leaves = [CustomVJPPrimal(leaf, i in moving) for i, leaf in enumerate(leaves)]
+        out, residuals = rule.fwd(static, *tree.unflatten(leaves))
         of_gradients, of_none = out
         differentiable, tree_of_differentiable = jax.tree.flatten(of_gradients)
         still = [zero_from_primal(leaf, symbolic_zeros=True) for leaf in jax.tree.leaves(of_none)]
@@ -71,14 +68,27 @@ def with_forward_mode(rule, tangent, symbolic_zeros=False, program=None):
     return function
 
 
-def _in_one_piece(function):
-    """`function`, which JAX does not take apart while it separates values from tangents.
+def in_one_piece(function: Callable[..., T], *operands) -> T:
+    """``function(*operands)``, which JAX does not take apart while it separates values from tangents.
 
     It would look for what does not change in a loop of the function, and so lose the `custom_jvp` rules in it.
     """
-    whole = jax.custom_jvp(function)
-    whole.defjvp(lambda primals, tangents: jax.jvp(function, primals, tangents))
-    return whole
+    leaves, tree = jax.tree.flatten(operands)
+
+    def whole(*leaves):
+        return function(*tree.unflatten(leaves))
+
+    def jvp(primals, tangents):
+        moving = [i for i, tangent in enumerate(tangents) if not isinstance(tangent, SymbolicZero)]
+
+        def of_moving(*moved):
+            return whole(*(dict(enumerate(primals)) | dict(zip(moving, moved, strict=True))).values())
+
+        return jax.jvp(of_moving, [primals[i] for i in moving], [tangents[i] for i in moving])
+
+    rule = jax.custom_jvp(whole)
+    rule.defjvp(jvp, symbolic_zeros=True)
+    return rule(*leaves)
 
 
 @jax.custom_jvp

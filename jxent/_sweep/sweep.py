@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jxent._core.costs import CostInputs, Form, steepness
+from jxent._core.forward_mode import in_one_piece
 from jxent._core.labels import by_index
 from jxent._core.passes import apart, barrier, compute_dtype, given, on_cpu
 from jxent._core.rule import costs_bwd, costs_fwd, costs_of_block, counted
@@ -146,7 +147,7 @@ def swept(sweep, asked, inputs, coefficients) -> tuple[Swept, dict[str, Array]]:
 
     Where the classes are sharded over `axis_name`, the gradients of `hidden` are this shard's share.
     """
-    return on_cpu(partial(_swept, sweep, asked), inputs, coefficients)
+    return in_one_piece(partial(on_cpu, partial(_swept, sweep, asked)), inputs, coefficients)
 
 
 def swept_shapes(sweep, asked, inputs, coefficients):
