@@ -892,7 +892,7 @@ def test_forward_mode_under_jit(name, mode):
         assert all(c.size <= POSITIONS * 8 for c in collectives(text))
 
 
-@pytest.mark.covering("linear-none-True-False")
+@pytest.mark.covering("linear-none-True-False", "linear-none-False-False")
 @pytest.mark.parametrize("inside", [False, True])
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("name", MOVING)

@@ -275,12 +275,14 @@ def _costs_of_block(static, inputs):
 
 def _costs_of_block_fwd(static, inputs):
     form, room = static
-    return costs_fwd(form, room, inputs)
+    out, residuals = costs_fwd(form, room, inputs)
+    return each_shards_own(out, form.shards, inputs.first), residuals
 
 
 def _costs_of_block_bwd(static, residuals, cotangents):
     form, _ = static
-    return (like_inputs(costs_bwd(form, residuals, cotangents[0]), residuals.inputs),)
+    grads = costs_bwd(form, residuals, shared_cotangent(cotangents[0], form.shards))
+    return (like_inputs(grads, residuals.inputs),)
 
 
 def _costs_of_block_tangent(static, residuals, moving):
