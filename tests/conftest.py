@@ -48,7 +48,7 @@ def pytest_configure(config):
     exhaustive = config.getoption("--exhaustive") or config.getoption("--left-out")
     profile = os.environ.get("HYPOTHESIS_PROFILE", "exhaustive" if exhaustive else "short")
     hypothesis.settings.load_profile(profile)
-    if not exhaustive:
+    if not config.getoption("--exhaustive"):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {compiling.QUICK_FLAGS}"
 
 
