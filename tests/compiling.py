@@ -1,8 +1,7 @@
 """How XLA compiles what the tests run.
 
-Most programs run once, so that XLA optimizes little (conftest.py), which takes half the time. What the tests of rounding
-and of memory compile with `optimized` is compiled as users have it. With `--exhaustive` so is all else but PyTorch's
-fixtures.
+Most programs run once, so that XLA optimizes little (conftest.py), in half the time. What the tests of rounding and of
+memory compile with `optimized` is compiled as users have it. With `--exhaustive` so is all else but PyTorch's fixtures.
 """
 
 from functools import partial
