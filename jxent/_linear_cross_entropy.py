@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Literal, Unpack, cast, overload
+from typing import Any, Literal, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ from jxent._loss.placement import CLASSES, placed
 from jxent._loss.positions import coefficients_of, denominator, positions_of, reduced
 from jxent._loss.reports import report_labels, report_values
 from jxent._mesh.sharded import covers_its_mesh
-from jxent._sweep.sweep import Inputs, Sweep, Swept
+from jxent._sweep.sweep import Inputs, Sweep
 
 
 @overload
@@ -201,17 +201,17 @@ def _linear_cross_entropy(options, sweep, recompute, hidden, kernel, bias, label
     coefficients, weight = coefficients_of(options, weights, positions), denominator(options, positions, shape, dtype)
     if options.reduction == "none" or recompute:
         inputs, _ = _cast_alike(options, inputs, {})
-        swept = cast(Swept, linear_costs(sweep, inputs))
-        loss = reduced(options, weigh(coefficients, swept.costs), weight)
+        costs, prediction = linear_costs(sweep, inputs)
+        loss = reduced(options, weigh(coefficients, costs), weight)
     else:
         # Divided by the denominator before the sweep: what is kept for the backward pass is then the gradient itself.
         divisor = jnp.where(weight == 0, 1, weight) if options.reduction == "mean" else 1
         coefficients = {name: _full(c, positions.keep, shape, dtype) / divisor for name, c in coefficients.items()}
         inputs, coefficients = _cast_alike(options, inputs, coefficients)
-        loss, swept = cast(tuple[Array, Swept], linear_total(sweep, inputs, coefficients))
+        (loss, costs), prediction = linear_total(sweep, inputs, coefficients)
         loss = total(loss, options.batch_axis_name)
         loss = jnp.where(weight == 0, jnp.nan, loss) if options.reduction == "mean" else loss
-    return with_stats(options, positions, loss, swept.stats, weight)
+    return with_stats(options, positions, loss, costs, prediction, weight)
 
 
 def _full(coefficient, keep, shape, dtype):

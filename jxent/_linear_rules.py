@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jxent._core.costs import STATISTIC_NAMES
 from jxent._core.forward_mode import with_forward_mode
 from jxent._core.passes import compute_dtype
 from jxent._core.shards import shared_cotangent
@@ -48,7 +49,7 @@ def _gradients(differentiated, grads, factor=None):
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _linear_costs(sweep, inputs: Inputs) -> Swept:
-    """The costs and statistics of each position; the statistics carry no gradient."""
+    """The costs of each position, the statistics among them, and the prediction."""
     return sharded(sweep, (), inputs, {})[0]
 
 
@@ -60,8 +61,14 @@ def _linear_costs_fwd(sweep, primals):
 # The gradient of the sum of cotangent[i] * cost[i]: the cotangents are the coefficients.
 def _linear_costs_bwd(sweep, residuals, cotangents):
     inputs, differentiated = residuals
-    coefficients = shared_cotangent(cotangents.costs, sweep.form.shards)
-    return (_gradients(differentiated, sharded(sweep, _names(differentiated), inputs, coefficients)[1]),)
+    return (_gradients_of_costs(sweep, inputs, differentiated, cotangents[0]),)
+
+
+def _gradients_of_costs(sweep, inputs, differentiated, cotangents):
+    """Those of the costs that have a cotangent."""
+    coefficients = {name: cotangent for name, cotangent in cotangents.items() if cotangent is not None}
+    coefficients = shared_cotangent(coefficients, sweep.form.shards)
+    return _gradients(differentiated, sharded(sweep, _names(differentiated), inputs, coefficients)[1])
 
 
 def _linear_costs_tangent(sweep, residuals, tangents):
@@ -87,50 +94,70 @@ linear_costs = with_forward_mode(_linear_costs, _linear_costs_tangent, True, dep
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _linear_total(sweep, inputs: Inputs, coefficients: dict[str, Array]) -> tuple[Array, Swept]:
-    """(the sum of the costs with these coefficients, the costs and statistics, which carry no gradient)."""
-    swept = sharded(sweep, (), inputs, {})[0]
-    return jnp.sum(weigh(coefficients, swept.costs)), swept
+def _linear_total(sweep, inputs: Inputs, coefficients: dict[str, Array]):
+    """((the sum of the costs with these coefficients, the statistics), the prediction)."""
+    costs, prediction = sharded(sweep, (), inputs, {})[0]
+    return _total_and_statistics(coefficients, costs), prediction
+
+
+def _total_and_statistics(coefficients, costs):
+    return jnp.sum(weigh(coefficients, costs)), {name: costs[name] for name in costs if name not in coefficients}
 
 
 class Residuals(NamedTuple):
-    inputs: Inputs  # for tangents alone
+    inputs: Inputs  # for tangents, and for the gradients of the statistics
     differentiated: Inputs  # as of `_values`
     gradients: dict[str, Any]  # of the total, for each input; those that are not differentiated are empty
     coefficients: dict[str, Array]
-    costs: dict[str, Array]
+    costs: dict[str, Array]  # those of the total
 
 
 def _linear_total_fwd(sweep, primals, coefficients):
     inputs, differentiated = _values(primals)
     coefficients = jax.tree.map(lambda c: c.value, coefficients)
-    swept, grads = sharded(sweep, _names(differentiated), inputs, coefficients)
+    (costs, prediction), grads = sharded(sweep, _names(differentiated), inputs, coefficients)
     grads = {name: grads.get(name, like) for name, like in differentiated._asdict().items() if like is not None}
-    residuals = Residuals(inputs, differentiated, grads, coefficients, swept.costs)
-    return (jnp.sum(weigh(coefficients, swept.costs)), swept), residuals
+    of_total = {name: costs[name] for name in coefficients}
+    residuals = Residuals(inputs, differentiated, grads, coefficients, of_total)
+    return (_total_and_statistics(coefficients, costs), prediction), residuals
 
 
 # With coefficients c and costs of the inputs x, total = sum of c[i] cost[i](x). So d total / dx is the sweep's gradient
-# for these coefficients, whatever the cotangent, which multiplies it; and d total / dc[i] = cost[i].
+# for these coefficients, whatever the cotangent, which multiplies it; and d total / dc[i] = cost[i]. The gradients of
+# statistics take a sweep of their own, if they have cotangents.
 def _linear_total_bwd(sweep, residuals, cotangents):
-    factor = cotangents[0]
+    to_total, to_statistics = cotangents[0]
     _, pull = jax.vjp(lambda c: jnp.sum(weigh(c, residuals.costs)), residuals.coefficients)
-    grads = _gradients(residuals.differentiated, residuals.gradients, shared_cotangent(factor, sweep.form.shards))
-    return grads, pull(factor)[0]
+    parts = []
+    if to_total is not None:
+        factor = shared_cotangent(to_total, sweep.form.shards)
+        parts.append(_gradients(residuals.differentiated, residuals.gradients, factor))
+    if any(cotangent is not None for cotangent in to_statistics.values()):
+        parts.append(_gradients_of_costs(sweep, residuals.inputs, residuals.differentiated, to_statistics))
+    if to_total is None:
+        to_total = jnp.zeros((), jax.eval_shape(weigh, residuals.coefficients, residuals.costs).dtype)
+    return jax.tree.map(lambda *grads: sum(grads[1:], grads[0]), *parts), pull(to_total)[0]
 
 
 # Not by the gradients that are there: the gradients of this tangent would add numbers that cancel.
 def _linear_total_tangent(sweep, residuals, of_inputs, of_coefficients):
     coefficients = {name: c for name, c in of_coefficients.items() if c is not None}
-    tangents = {"costs": {}, "coefficients": coefficients}
+    of_costs = {}
     if any(tangent is not None for tangent in of_inputs):
-        tangents["costs"] = _tangents_of_costs(sweep, residuals.inputs, of_inputs)
+        of_costs = _tangents_of_costs(sweep, residuals.inputs, of_inputs)
+    tangents = {
+        "costs": {name: of_costs[name] for name in residuals.costs if name in of_costs},
+        "coefficients": coefficients,
+    }
 
     def weighed(moving):
         return jnp.sum(weigh(residuals.coefficients | moving["coefficients"], residuals.costs | moving["costs"]))
 
     at = {part: {name: getattr(residuals, part)[name] for name in moving} for part, moving in tangents.items()}
-    return jax.jvp(weighed, (at,), (tangents,))[1]
+    of_total = jax.jvp(weighed, (at,), (tangents,))[1]
+    still = jnp.zeros_like(residuals.costs["label"])
+    names = STATISTIC_NAMES if sweep.form.stats else ()
+    return of_total, {name: of_costs.get(name, still) for name in names}
 
 
 _linear_total.defvjp(_linear_total_fwd, _linear_total_bwd, symbolic_zeros=True)

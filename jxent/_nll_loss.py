@@ -81,14 +81,14 @@ def nll_loss(
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _rule(form, inputs: CostInputs):
-    """({"label": -log p of the label, or the sum of q w * -log p}, {}), of which `inputs.logits` are the log p."""
+    """({"label": -log p of the label, or the sum of q w * -log p}, None), of which `inputs.logits` are the log p."""
     return _costs_fwd(form, inputs)[0]
 
 
 def _costs_fwd(form, inputs):
     inputs = counted(inputs)
     cost = (_index_cost if by_index(inputs.labels) else _probability_cost)(form, inputs)
-    return ({"label": each_shards_own(cost, form.shards, inputs.first)}, {}), inputs
+    return ({"label": each_shards_own(cost, form.shards, inputs.first)}, None), inputs
 
 
 def _index_cost(form, inputs):

@@ -67,10 +67,12 @@ def linear_loss(hidden, kernel, labels, bias=None, class_weight=None, sample_wei
     return jxent.linear_cross_entropy(hidden, kernel, labels, block_size=BLOCK, **weights, **options)
 
 
-def with_stats(logits, labels, **options):
-    loss, stats = jxent.cross_entropy(logits, labels, return_stats=True, **options)
-    numbers = jax.tree.map(lambda a: jnp.sum(jnp.where(labels == -100, 0, a)), stats)
-    return loss + sum(numbers)  # they carry no gradient
+def with_stats(loss, *arrays, **options):
+    loss, stats = loss(*arrays, return_stats=True, **options)
+    numbers = jax.tree.map(
+        lambda a: jnp.sum(jnp.maximum(a, -100)), stats
+    )  # not -2**31, the prediction where none counts
+    return jnp.sum(loss) + jnp.sum(jnp.sin(stats.entropy)) + sum(numbers)
 
 
 def of_log_probs(log_probs, labels, class_weight, **options):
@@ -85,7 +87,7 @@ CALLS = {
     "cross_entropy-all": (logits_loss, LOGITS, SMOOTH),
     "cross_entropy-probabilities": (logits_loss, ("logits", "probabilities", *LOGITS[2:]), SMOOTH),
     "cross_entropy-none": (logits_loss, LOGITS, {"reduction": "none"}),
-    "cross_entropy-stats": (with_stats, LOGITS[:2], {}),
+    "cross_entropy-stats": (partial(with_stats, logits_loss), LOGITS[:2], {}),
     "nll_loss": (of_log_probs, LOGITS[:3], {}),
     "nll_loss-probabilities": (of_log_probs, ("logits", "probabilities", "class_weight"), {}),
     "logsumexp": (jxent.logsumexp, ("logits",), {}),
@@ -94,6 +96,8 @@ CALLS = {
     "linear-probabilities": (linear_loss, ("hidden", "kernel", "probabilities", *LINEAR[3:]), SMOOTH),
     "linear-recompute": (linear_loss, LINEAR, {"recompute": True, **SMOOTH}),
     "linear-none": (linear_loss, LINEAR, {"reduction": "none", **SMOOTH}),
+    "linear-stats": (partial(with_stats, linear_loss), LINEAR, SMOOTH),
+    "linear-none-stats": (partial(with_stats, linear_loss), LINEAR, {"reduction": "none", **SMOOTH}),
 }
 # Not a loss: their cotangent is of the logits' shape.
 SOFTMAXES = {"softmax": jxent.softmax, "log_softmax": jxent.log_softmax}

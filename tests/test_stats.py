@@ -5,9 +5,12 @@ from functools import partial
 import chex
 import jax
 import jax.numpy as jnp
+import mpmath
 import numpy as np
 import oracle
 import pytest
+import reference
+from compiling import optimized
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -83,22 +86,6 @@ def test_stats_of_a_confident_wrong_row():
         np.testing.assert_allclose(stats[t].log_prob[0], log_p[t], rtol=2e-6)
 
 
-def test_stats_carry_no_gradient():
-    """Neither alone nor together with the loss, whose gradient stays what it was."""
-    logits, labels, weights = data("index")
-
-    def gradient(with_loss, with_stats):
-        def total(logits):
-            loss, stats = jxent.cross_entropy(logits, labels, **weights, return_stats=True)
-            return with_loss * loss + with_stats * sum(jnp.sum(s) for s in stats)
-
-        return np.asarray(jax.grad(total)(logits))
-
-    assert not gradient(0, 1).any()
-    alone = gradient(1, 0)
-    np.testing.assert_allclose(gradient(1, 1), alone, rtol=0, atol=ULPS * np.abs(alone).max())
-
-
 def test_stats_as_auxiliary_output():
     """Of `value_and_grad`, compiled: loss, statistics and gradient are those of the plain calls."""
     logits, labels, weights = data("index")
@@ -123,6 +110,153 @@ def test_label_out_of_range_in_stats():
         np.testing.assert_array_equal(getattr(stats, name)[~bad], getattr(expected, name)[~bad])
     np.testing.assert_array_equal(stats.prediction, expected.prediction)
     assert stats.weight == expected.weight == N * D - 1
+
+
+# --- gradients --------------------------------------------------------------------------------------------------------
+
+STATISTICS = ("log_prob", "log_normalizer", "entropy")
+RNG = np.random.default_rng(7)
+HIDDEN, KERNEL = RNG.normal(size=(N, D, 3)), RNG.normal(size=(3, C))
+OPTIONS = {
+    "plain": (),
+    "class weights": ("class_weight",),
+    "smoothing, z-loss": ("sample_weight", "label_smoothing", "z_loss_weight"),
+    "all": ("class_weight", "sample_weight", "where", "label_smoothing", "z_loss_weight", "logit_softcap"),
+}
+SCALARS = {"label_smoothing": 0.1, "z_loss_weight": 0.1, "logit_softcap": 4.0}
+
+
+def linear(module, scores, labels, **options):
+    """`linear_cross_entropy`, or the formula, of a pair (hidden, kernel) of scores."""
+    hidden, kernel = scores
+    if module is reference:
+        return reference.cross_entropy(hidden @ kernel, labels, **options)
+    return jxent.linear_cross_entropy(hidden, kernel, labels, block_size=4, **options)
+
+
+def logits(module, scores, labels, **options):
+    return module.cross_entropy(scores, labels, **options)
+
+
+def objectives(function, reduction, options, weights, labels, module):
+    """By name functions of (scores, what else is differentiated): each statistic, and all of them with the loss."""
+    at_positions = jnp.cos(jnp.arange(N * D)).reshape(N, D)
+
+    def objective(wanted, arrays):
+        floats = dict(arrays)
+        given = floats.pop("labels", labels)
+        loss, stats = function(
+            module, floats.pop("scores"), given, **weights | floats, **options, reduction=reduction, return_stats=True
+        )
+        out = [jnp.sum(at_positions * getattr(stats, name) ** 2) for name in wanted]
+        return sum(out) + (jnp.sum(jnp.sin(loss)) if len(wanted) > 1 else 0.0)
+
+    return {name: partial(objective, (name,)) for name in STATISTICS} | {"all": partial(objective, STATISTICS)}
+
+
+@pytest.mark.covering("logits-index-mean-all", pairs=True)
+@pytest.mark.parametrize("names", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("kind", ["index", "probabilities"])
+@pytest.mark.parametrize("function", [logits, linear], ids=["logits", "linear"])
+def test_gradients(function, kind, reduction, names, x64):
+    """Of statistics alone and with the loss, by all arguments, in both modes; and the second derivatives."""
+    scores, labels, weights = data(kind)
+    scores = jnp.asarray(scores, jnp.float64) if function is logits else (jnp.asarray(HIDDEN), jnp.asarray(KERNEL))
+    weights = {
+        name: jnp.asarray(w, w.dtype if w.dtype == bool else jnp.float64)
+        for name, w in weights.items()
+        if name in names
+    }
+    arrays = {"scores": scores} | {name: w for name, w in weights.items() if name != "where"}
+    if kind == "probabilities":
+        arrays["labels"] = jnp.asarray(labels, jnp.float64)
+    direction = jax.tree.map(jnp.cos, arrays)
+    options = {name: value for name, value in SCALARS.items() if name in names}
+
+    @partial(jax.jit, static_argnums=0)
+    def derivatives(module, arrays):
+        every = objectives(function, reduction, options, weights, jnp.asarray(labels), module)
+        out = {name: jax.grad(f)(arrays) for name, f in every.items()}
+        f = every["all"]
+        out["tangent"] = jax.jvp(f, (arrays,), (direction,))[1]
+        out["forward over reverse"] = jax.jvp(jax.grad(f), (arrays,), (direction,))[1]
+        out["reverse over forward"] = jax.grad(lambda at: jax.jvp(f, (at,), (direction,))[1])(arrays)
+        return out
+
+    got, want = derivatives(jxent, arrays), derivatives(reference, arrays)
+    for name in want:
+        assert np.any(np.asarray(jax.tree.leaves(got[name]["scores"] if name != "tangent" else got[name])[0])), name
+        chex.assert_trees_all_close(got[name], want[name], rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("classes", [2, 1000])
+def test_gradients_near_certainty(classes):
+    """In float32, against 50 digits, relative to the size of the two terms."""
+    margins = np.array([0.0, 0.1, 3.0, 10.0, 17.0, 30.0, 60.0])
+    x = np.random.default_rng(3).normal(size=(len(margins), classes)).astype(np.float32)
+    x[:, 1] = x.max(-1) + margins
+
+    def gradient(name):
+        def total(x):
+            return jnp.sum(getattr(jxent.cross_entropy(x, jnp.ones(len(x), int), return_stats=True)[1], name))
+
+        return np.asarray(optimized(jax.grad(total))(x), np.float64)
+
+    with mpmath.workdps(50):
+        log_p = oracle.normalized(x, oracle.Digits)[0]
+        p = oracle.Digits.exp(log_p)
+        distance = (p * (log_p.max(-1, keepdims=True) - log_p)).sum(-1, keepdims=True)
+        z = log_p - log_p.max(-1, keepdims=True)
+        wanted = {
+            "entropy": (-p * (z + distance), p * (distance - z)),
+            "log_normalizer": (p, p),
+            "log_prob": (oracle.one_hot(np.ones(len(x), int), classes) - p,) * 2,
+        }
+        wanted = {name: [a.astype(np.float64) for a in pair] for name, pair in wanted.items()}
+    for name, (want, size) in wanted.items():
+        judged = np.abs(size) > np.finfo(np.float32).tiny
+        assert np.max(np.abs(gradient(name) - want)[judged] / np.abs(size)[judged]) < 5e-6, name
+
+
+def matmuls(reduction, *differentiated):
+    """How many there are in the program of the gradients by hidden states and kernel."""
+
+    def objective(hidden, kernel):
+        loss, stats = jxent.linear_cross_entropy(
+            hidden, kernel, jnp.arange(64), block_size=16, reduction=reduction, return_stats=True
+        )
+        numbers = {"loss": loss} | stats._asdict()
+        return sum(jnp.sum(numbers[name]) for name in differentiated), jnp.sum(stats.entropy)
+
+    program = optimized(jax.grad(objective, (0, 1), has_aux=True)).lower(jnp.ones((64, 32)), jnp.ones((32, 128)))
+    return program.compile().as_text().count(" dot(")
+
+
+def test_sweeps():
+    """Without a reduction one forwards and one backwards, whatever is differentiated; else a second one if need be."""
+    assert matmuls("none", "loss") == matmuls("none", "entropy") == matmuls("none", "loss", *STATISTICS) == 4
+    assert matmuls("mean", "loss") == 3
+    assert matmuls("mean", "loss", "entropy") == 6
+
+
+def test_what_is_not_differentiated_costs_nothing():
+    """The backward pass multiplies less where it is the loss alone that has a cotangent."""
+
+    def products(*wanted):
+        def objective(x):
+            loss, stats = jxent.cross_entropy(x, jnp.zeros(len(x), int), return_stats=True, label_smoothing=0.1)
+            return (loss, *(getattr(stats, name) for name in wanted)), stats
+
+        value, pull, _ = jax.vjp(objective, jnp.ones((3, 5)), has_aux=True)
+        return str(jax.make_jaxpr(pull)(value)).count("= mul ")
+
+    without = jax.vjp(partial(jxent.cross_entropy, labels=jnp.zeros(3, int), label_smoothing=0.1), jnp.ones((3, 5)))
+    assert products() == str(jax.make_jaxpr(without[1])(without[0])).count("= mul ")
+    assert products() < products("log_normalizer") < products("log_normalizer", "entropy")
+
+
+# --- on shards --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("x64")

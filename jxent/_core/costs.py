@@ -9,6 +9,12 @@ A position's loss is a sum of costs times coefficients. With log p = (x - m) - l
 Each of them is a class below, with its value, its gradient and its coefficient, and travels under its name. To add a
 cost, write such a class, name it in `OPTIONAL`, and let `Scalars` have the option that multiplies it.
 
+The statistics that have gradients are costs, too, which nothing multiplies and no loss contains:
+
+    log_prob         log p[t]; for class probabilities, the sum of q[j] log p[j]
+    log_normalizer   m + log_z
+    entropy          the sum of p[j] (-log p[j])
+
 The rule takes no coefficient: weights, smoothing and the mean's denominator are plain JAX outside of it, and have their
 true gradients. Memory: nothing of the size of the logits in the forward pass; in the backward pass their gradient, and
 those of class weights and of probability labels may write as many arrays of that size again.
@@ -31,8 +37,8 @@ class Form(NamedTuple):
 
     axis: int
     logit_softcap: float | None
-    costs: tuple[str, ...]  # names
-    stats: bool
+    costs: tuple[str, ...]  # names of what the loss is made of
+    stats: bool  # whether the statistics are wanted, too
     shards: Shards  # of the classes
 
 
@@ -69,6 +75,7 @@ class Known(NamedTuple):
 
     log_normalizer: Array
     label_logit: Array | None  # for index labels
+    label: tuple[Array, Array | None] | None = None  # what `value` of the label's cost returned
 
 
 class Moved(NamedTuple):
@@ -103,10 +110,13 @@ class Cost:
         """The gradient by x, for `Passes.map`."""
         raise NotImplementedError
 
-    def to_class_weight(self, c: Class, rows) -> Array | float:
-        """The gradient by the class weight, of each position, for `Passes.map`."""
-        del c, rows
-        return 0.0
+    def to_label(self, c: Class, rows) -> Array | None:
+        """The gradient by the label's probability q[j], for `Passes.map`; None for 0."""
+        return None
+
+    def to_class_weight(self, c: Class, rows) -> Array | None:
+        """The gradient by the class weight, of each position, for `Passes.map`; None for 0."""
+        return None
 
     def tangent(self, passes: Passes, kept: Array | None, moved: Moved) -> Array:
         """The tangent of the cost for the tangents that the passes have, `Arrays.moving`."""
@@ -145,13 +155,19 @@ class IndexLabel(_Label):
 
 
 class _Target(Cost):
-    """The cost of a target (`targets`) whose shares are the class weights times `unweighted`."""
+    """The cost of a target (`targets`) whose shares are the class weights, if it is `weighted`, times `unweighted`."""
+
+    def __init__(self, weighted: bool = True):
+        self.weighted = weighted
 
     def unweighted(self, c: Class) -> Array:
         raise NotImplementedError
 
     def share(self, c):
-        return c.weighted(self.unweighted(c))
+        return self._weigh(c, self.unweighted(c))
+
+    def _weigh(self, c, share):
+        return c.weighted(share) if self.weighted else share
 
     def value(self, passes, known) -> tuple[Array, Array | None]:
         return targets.cost(passes, self.share), None
@@ -165,14 +181,17 @@ class _Target(Cost):
 
     def to_class_weight(self, c, rows):
         share = self.unweighted(c)
-        return rows[0] * (share * c.cost_of(share))
+        return rows[0] * (share * c.cost_of(share)) if self.weighted else None
 
     def dunweighted(self, c: Class) -> Array | None:
         """The tangent of `unweighted`; None if it does not move."""
         return None
 
     def tangent(self, passes, kept, moved):
-        return passes.sum(lambda c, dlog_z: c.dcost(self.unweighted(c), self.dunweighted(c), dlog_z), moved.log_z)
+        def term(c, dlog_z):
+            return c.dcost(self.unweighted(c), self.dunweighted(c), dlog_z, self.weighted)
+
+        return passes.sum(term, moved.log_z)
 
 
 class ProbabilityLabel(_Label, _Target):
@@ -185,8 +204,7 @@ class ProbabilityLabel(_Label, _Target):
         return c.dq
 
     def to_label(self, c, rows):
-        """The gradient by q[j], which is w[j] (-log p[j]), for `Passes.map`."""
-        return rows[0] * c.weighted(c.cost_of(c.q))
+        return rows[0] * self._weigh(c, c.cost_of(c.q))  # w[j] (-log p[j])
 
 
 class Uniform(_Target):
@@ -234,6 +252,82 @@ class SquaredNormalizer(Cost):
 OPTIONAL = {"uniform": Uniform(), "z": SquaredNormalizer()}
 
 
+# --- the statistics ---------------------------------------------------------------------------------------------------
+
+
+class LogProb(Cost):
+    """Minus the label's cost, without class weights."""
+
+    def __init__(self, label: IndexLabel | ProbabilityLabel):
+        self.label = label
+        self.gradient_takes_p_alone = label.gradient_takes_p_alone
+
+    def value(self, passes, known):
+        same = passes.arrays.q is None or passes.arrays.weight is None
+        cost, kept = given(known.label) if same else self.label.value(passes, known)
+        return -cost, kept
+
+    def rows(self, passes, kept, cotangent):
+        return self.label.rows(passes, kept, -cotangent)
+
+    def gradient(self, c, rows):
+        return self.label.gradient(c, rows)
+
+    def to_label(self, c, rows):
+        return self.label.to_label(c, rows)
+
+    def tangent(self, passes, kept, moved):
+        return -self.label.tangent(passes, kept, moved)
+
+
+class LogNormalizer(Cost):
+    """m + log_z, with the gradient p[j]."""
+
+    gradient_takes_p_alone = True
+
+    def value(self, passes, known):
+        return known.log_normalizer, None
+
+    def rows(self, passes, kept, cotangent):
+        return (cotangent,)
+
+    def gradient(self, c, rows):
+        return rows[0] * c.p
+
+    def tangent(self, passes, kept, moved):
+        return moved.log_normalizer
+
+
+class Entropy(Cost):
+    """H = log_z + D, with D the sum of p[j] (m - x[j]); no term of the two is negative.
+
+    The gradient is -p[j] (log p[j] + H) = p[j] (m - x[j]) - D p[j]. The first term is 0 at the largest logit, where
+    log p[j] and H nearly cancel if its p is near 1.
+    """
+
+    steepness = 16
+
+    def value(self, passes, known):
+        distance = passes.sum(lambda c: c.below(c.p))
+        return given(passes.arrays.log_z) + distance, distance
+
+    def rows(self, passes, kept, cotangent):
+        return cotangent, given(kept)
+
+    def gradient(self, c, rows):
+        cotangent, distance = rows
+        return cotangent * (c.below(c.p) - distance * c.p)
+
+    def tangent(self, passes, kept, moved):
+        if given(passes.arrays.moving).logits is None:
+            return moved.log_z
+        return passes.sum(lambda c: c.below(c.p) * c.dz) - given(kept) * moved.log_z
+
+
+STATISTICS = {"log_normalizer": LogNormalizer(), "entropy": Entropy()}
+STATISTIC_NAMES = ("log_prob", *STATISTICS)
+
+
 def wanted_costs(scalars: Scalars) -> tuple[str, ...]:
     """The names of the costs that a loss with these options has."""
     return "label", *(name for name, cost in OPTIONAL.items() if is_used(getattr(scalars, cost.option)))
@@ -251,13 +345,14 @@ def coefficients(form: Form, scalars: Scalars, sample_weight, label_weight) -> d
 
 
 def steepness(name: str) -> float:
-    return OPTIONAL.get(name, Cost).steepness
+    return (OPTIONAL | STATISTICS).get(name, Cost).steepness
 
 
 def costs_of(form: Form, inputs: CostInputs) -> dict[str, Cost]:
-    """The costs by name."""
+    """The costs by name, the statistics among them."""
     if by_index(inputs.labels):
-        label = IndexLabel(local_index(jnp.expand_dims(inputs.labels, form.axis), inputs.first))
+        label = unweighted = IndexLabel(local_index(jnp.expand_dims(inputs.labels, form.axis), inputs.first))
     else:
-        label = ProbabilityLabel()
-    return {name: label if name == "label" else OPTIONAL[name] for name in form.costs}
+        label, unweighted = ProbabilityLabel(), ProbabilityLabel(weighted=False)
+    costs: dict[str, Cost] = {name: label if name == "label" else OPTIONAL[name] for name in form.costs}
+    return costs | {"log_prob": LogProb(unweighted)} | STATISTICS if form.stats else costs

@@ -56,12 +56,13 @@ def with_forward_mode(rule, tangent, symbolic_zeros=False, program=None):
             moved = tangent(static, kept_tree.unflatten(kept), *tree.unflatten(every))
             return tree_of_differentiable.flatten_up_to(moved)
 
-        def transpose(kept, cotangents):
+        def transpose(kept, cotangents):  # None for what has none
             gradients = rule.bwd(static, kept_tree.unflatten(kept), out_tree.unflatten([*cotangents, *still]))
             gradients = tree.flatten_up_to(gradients)
             return [gradients[i] for i in moving]
 
-        moved = linear(apply, transpose, kept, [directions[i] for i in moving], differentiable, program and program())
+        directions, program_of = [directions[i] for i in moving], program and program()
+        moved = linear(apply, transpose, kept, directions, differentiable, program_of, symbolic_zeros=True)
         return out, out_tree.unflatten([*moved, *still])
 
     function.defjvp(jvp, symbolic_zeros=True)
@@ -110,14 +111,15 @@ class Map(NamedTuple):
     """Lists of arrays from (residuals, directions), linear in the directions, and from (residuals, cotangents)."""
 
     apply: Callable[[list[Array], list[Array]], list[Array]]
-    transpose: Callable[[list[Array], list[Array]], list[Array]]
+    transpose: Callable[[list[Array], list[Array | None]], list[Array]]
+    symbolic_zeros: bool  # whether `transpose` takes None for a cotangent of 0, if others are not
 
 
 linear_p = Primitive("jxent_linear")
 linear_p.multiple_results = True
 
 
-def linear(apply, transpose, residuals, directions, like, program=None):
+def linear(apply, transpose, residuals, directions, like, program=None, symbolic_zeros=False):
     """``apply(residuals, directions)``, whose results have the types of `like`, and whose transpose is known.
 
     `apply` is traced where it is needed, which is not for a gradient. So that JAX sees what its lowering depends on, it
@@ -130,8 +132,8 @@ def linear(apply, transpose, residuals, directions, like, program=None):
             return [cast(*result) for result in zip(apply(residuals, directions), axes, strict=True)]
 
     types = tuple(jax.typeof(array) for array in like)
-    params = {"map": Map(alike, transpose), "number": len(residuals), "types": types, "program": program}
-    return linear_p.bind(*residuals, *directions, **params)
+    map = Map(alike, transpose, symbolic_zeros)
+    return linear_p.bind(*residuals, *directions, map=map, number=len(residuals), types=types, program=program)
 
 
 @linear_p.def_impl
@@ -169,7 +171,10 @@ def _jvp(primals, tangents, **params):
 def _transpose(cotangents, *operands, map, number, types, program):
     del types, program
     residuals, directions = operands[:number], operands[number:]
-    gradients = map.transpose(list(residuals), [ad.instantiate_zeros(cotangent) for cotangent in cotangents])
+    given = [None if type(cotangent) is ad.Zero else cotangent for cotangent in cotangents]
+    if not map.symbolic_zeros or all(cotangent is None for cotangent in given):
+        given = [ad.instantiate_zeros(cotangent) for cotangent in cotangents]
+    gradients = map.transpose(list(residuals), given)
     wanted = [ad.is_undefined_primal(direction) for direction in directions]
     return [None] * number + [g if is_wanted else None for g, is_wanted in zip(gradients, wanted, strict=True)]
 
@@ -192,7 +197,8 @@ def _batched(axis_data, operands, axes, *, map, number, types, program):
         return [g if axis == 0 else jnp.sum(g, 0) for g, axis in zip(gradients, of_directions, strict=True)]
 
     types = tuple(jax.make_jaxpr(lambda *o: apply([*o[:number]], [*o[number:]]))(*operands).out_avals)
-    out = linear_p.bind(*operands, map=Map(apply, transpose), number=number, types=types, program=program)
+    map_of_all = Map(apply, transpose, map.symbolic_zeros)
+    out = linear_p.bind(*operands, map=map_of_all, number=number, types=types, program=program)
     return out, [0] * len(out)
 
 

@@ -296,15 +296,18 @@ class Class:
         dq = given(self.arrays.moving).q
         return None if dq is None else dq.astype(self.unit.dtype)
 
-    def dcost(self, share: Array, dshare: Array | None, dlog_z: Array) -> Array:
-        """The tangent of w[j] a[j] (-log p[j]), for class weights w and the share a[j], whose tangent is `dshare`."""
+    def dcost(self, share: Array, dshare: Array | None, dlog_z: Array, weighted: bool = True) -> Array:
+        """The tangent of w[j] a[j] (-log p[j]), for the share a[j], whose tangent is `dshare`.
+
+        w[j] are the class weights, or 1 unless it is to be `weighted`.
+        """
         moving, marginal = given(self.arrays.moving), _marginal(share, -self.log_p, self.unit)
         terms = []
         if moving.logits is not None:
-            terms.append(self.weighted(share) * (dlog_z - self.dz))
+            terms.append((self.weighted(share) if weighted else share) * (dlog_z - self.dz))
         if dshare is not None:
-            terms.append(self.weighted(dshare) * marginal)
-        if moving.weight is not None:
+            terms.append((self.weighted(dshare) if weighted else dshare) * marginal)
+        if weighted and moving.weight is not None:
             terms.append(moving.weight * (share * marginal))
         return sum(terms, 0 * self.unit)
 
@@ -315,6 +318,10 @@ class Class:
     def cost(self, share: Array) -> Array:
         """share * -log p, with 0 * inf = 0."""
         return _product(share, -self.log_p, self.unit)
+
+    def below(self, share: Array) -> Array:
+        """share * (m - x), with 0 * inf = 0."""
+        return _product(share, -self.z, self.unit)
 
     def cost_of(self, share: Array) -> Array:
         """-log p, and 0 for a masked class without a share: it is no class. For `Passes.map`."""

@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jxent._core import targets
-from jxent._core.costs import CostInputs, Form, Known, Moved, ProbabilityLabel, costs_of
+from jxent._core.costs import CostInputs, Form, Known, Moved, costs_of
 from jxent._core.forward_mode import moving_where, with_forward_mode
 from jxent._core.labels import at_label, by_index, clipped, out_of_range, pick
 from jxent._core.normalizer import normalizer
@@ -41,8 +40,8 @@ class Residuals(NamedTuple):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _costs(form: Form, inputs: CostInputs) -> tuple[dict[str, Array], dict[str, Array]]:
-    """(the costs, the statistics) of each position by name, row arrays; no gradient flows through the statistics."""
+def _costs(form: Form, inputs: CostInputs) -> tuple[dict[str, Array], Array | None]:
+    """(the costs of each position by name, the prediction if statistics are wanted), row arrays."""
     return each_shards_own(costs_fwd(form, False, inputs)[0], form.shards, inputs.first)
 
 
@@ -64,10 +63,12 @@ def costs_fwd(form, room, inputs):
     residuals = Residuals(inputs, row.top, log_z, {}, None)
     passes = residuals.passes(form, log_z)
     known = Known(row.log_normalizer, None if label is None else label[1])
-    values = {name: cost.value(passes, known) for name, cost in costs_of(form, inputs).items()}
+    values = {}
+    for name, cost in costs_of(form, inputs).items():
+        values[name] = cost.value(passes, known._replace(label=values.get("label")))
     out = {name: value for name, (value, _) in values.items()}
-    stats = _stats(form, inputs, passes, known, out["label"]) if form.stats else {}
-    return (out, stats), residuals._replace(kept={name: kept for name, (_, kept) in values.items()}, exp=row.exp)
+    prediction = largest_class(form, inputs.logits, inputs.first) if form.stats else None
+    return (out, prediction), residuals._replace(kept={name: kept for name, (_, kept) in values.items()}, exp=row.exp)
 
 
 def leaves_label_out(form, labels, classes):
@@ -79,20 +80,7 @@ def leaves_label_out(form, labels, classes):
     return by_index(labels) and form.costs == ("label",) and not form.stats and countable
 
 
-def _stats(form, inputs, passes, known, label_cost):
-    entropy = passes.sum(lambda c: c.cost(c.p))
-    log_prob = -label_cost
-    if passes.arrays.q is not None and passes.arrays.weight is not None:
-        log_prob = -targets.cost(passes, lambda c: c.q)
-    return {
-        "log_prob": log_prob,
-        "log_normalizer": known.log_normalizer,
-        "entropy": entropy,
-        "prediction": prediction(form, inputs.logits, inputs.first),
-    }
-
-
-def prediction(form, logits, first):
+def largest_class(form, logits, first):
     """The first class with the largest logit, or the first whose logit is NaN."""
     here = jnp.expand_dims(_argmax(lax.stop_gradient(logits), form.axis), form.axis)
     if first is None:
@@ -122,18 +110,23 @@ def _argmax(logits, axis):
 
 
 def costs_bwd(form, residuals, cotangents):
-    """The gradients of the costs' sum with these coefficients; but for the logits', in the dtype to compute in."""
-    inputs, named = residuals.inputs, costs_of(form, residuals.inputs)
-    passes = residuals.passes(form, cotangents["label"])
+    """The gradients of the costs' sum with these coefficients; but for the logits', in the dtype to compute in.
+
+    A cost without a coefficient, or with None for it, has no share in the sum.
+    """
+    inputs = residuals.inputs
+    named = {name: cost for name, cost in costs_of(form, inputs).items() if cotangents.get(name) is not None}
+    passes = residuals.passes(form, cotangents[next(iter(named))])
     rows = {name: cost.rows(passes, residuals.kept[name], cotangents[name]) for name, cost in named.items()}
 
     def gradients(c, rows):
-        to_x = _added_up(cost.gradient(c, rows[name]) for name, cost in named.items())
-        label, to_labels, to_weight = named["label"], None, None
-        if isinstance(label, ProbabilityLabel):
-            to_labels = label.to_label(c, rows["label"])
+        to_x = given(_added_up(cost.gradient(c, rows[name]) for name, cost in named.items()))
+        to_labels, to_weight = None, None
+        if not by_index(inputs.labels):
+            to_labels = _added_up((cost.to_label(c, rows[name]) for name, cost in named.items()), jnp.zeros_like(to_x))
         if inputs.class_weight is not None:
-            to_weight = _added_up(cost.to_class_weight(c, rows[name]) for name, cost in named.items())
+            of_weight = (cost.to_class_weight(c, rows[name]) for name, cost in named.items())
+            to_weight = _added_up(of_weight, jnp.zeros_like(to_x))
         return c.to_logit(to_x), to_labels, to_weight
 
     return summed_up(form, inputs, *passes.map(gradients, rows))
@@ -170,8 +163,10 @@ def _moved(form, residuals, passes, dlogits):
     return Moved(log_z, label_z, log_z + reference)
 
 
-def _added_up(arrays):
-    return reduce(jnp.add, arrays)
+def _added_up(arrays, nothing=None):
+    """The sum of those that are not None; of none it is `nothing`."""
+    there = [array for array in arrays if array is not None]
+    return reduce(jnp.add, there) if there else nothing
 
 
 def summed_up(form, inputs, to_logits, to_labels, to_weight):
@@ -202,14 +197,21 @@ def counted(inputs):
 
 
 def _exchanges_logits(form, inputs):
-    """Whether exponentials can be kept for the backward pass in the place of the logits, and are all that it needs."""
-    takes_p_alone = all(cost.gradient_takes_p_alone for cost in costs_of(form, inputs).values())
+    """Whether exponentials can be kept for the backward pass in the place of the logits, and suffice for the loss."""
+    of_loss = costs_of(form._replace(stats=False), inputs)
+    takes_p_alone = all(cost.gradient_takes_p_alone for cost in of_loss.values())
     return takes_p_alone and form.logit_softcap is None and inputs.logits.dtype == inputs.dtype
 
 
-def _costs_fwd(form, inputs):
-    """What is kept is (residuals, None), or residuals without logits and, beside them, logits or exponentials."""
+class _Kept(NamedTuple):
+    """Residuals; or residuals without logits, and beside them logits or, on a CPU, exponentials."""
 
+    residuals: Residuals
+    logits_or_exp: Array | None = None
+    logits: Array | None = None  # beside the exponentials, for the statistics that need them
+
+
+def _costs_fwd(form, inputs):
     def forward(cpu, inputs):
         out, residuals = costs_fwd(form, cpu, inputs)
         logits_or_exp = residuals.exp if cpu else inputs.logits
@@ -218,17 +220,22 @@ def _costs_fwd(form, inputs):
     inputs = counted(inputs)
     if _exchanges_logits(form, inputs):
         out, kept = on_cpu(forward, inputs)
+        kept = _Kept(*kept, inputs.logits if form.stats else None)
     else:
         out, residuals = costs_fwd(form, False, inputs)
-        kept = residuals, None
+        kept = _Kept(residuals)
     return each_shards_own(out, form.shards, inputs.first), kept
 
 
 def _costs_bwd(form, kept, cotangents):
-    residuals, logits_or_exp = kept
-    inputs = residuals.inputs
-    grads = _with_residuals(costs_bwd, form, kept, shared_cotangent(cotangents[0], form.shards))
-    return (like_inputs(grads, inputs if logits_or_exp is None else inputs._replace(logits=logits_or_exp)),)
+    inputs, of_costs = kept.residuals.inputs, cotangents[0]
+    named = {name: cost for name, cost in costs_of(form, inputs).items() if of_costs[name] is not None}
+    if all(cost.gradient_takes_p_alone for cost in named.values()):
+        kept = kept._replace(logits=None)
+    grads = _with_residuals(costs_bwd, form, kept, shared_cotangent(of_costs, form.shards))
+    if kept.logits_or_exp is not None:
+        inputs = inputs._replace(logits=kept.logits_or_exp)
+    return (like_inputs(grads, inputs),)
 
 
 def _costs_tangent(form, kept, moving):
@@ -238,17 +245,16 @@ def _costs_tangent(form, kept, moving):
 def _with_residuals(function, form, kept, operand):
     """``function(form, residuals, operand)`` with the residuals that `_costs_fwd` kept."""
 
-    def of_platform(cpu, residuals, logits_or_exp, operand):
-        if cpu:
-            residuals = residuals._replace(exp=logits_or_exp)
-        else:
-            residuals = residuals._replace(inputs=residuals.inputs._replace(logits=logits_or_exp))
+    def of_platform(cpu, kept, operand):
+        logits = kept.logits if cpu else kept.logits_or_exp
+        residuals = kept.residuals._replace(
+            inputs=kept.residuals.inputs._replace(logits=logits), exp=kept.logits_or_exp if cpu else None
+        )
         return function(form, residuals, operand)
 
-    residuals, logits_or_exp = kept
-    if logits_or_exp is None:
-        return function(form, residuals, operand)
-    return on_cpu(of_platform, residuals, logits_or_exp, operand)
+    if kept.logits_or_exp is None:
+        return function(form, kept.residuals, operand)
+    return on_cpu(of_platform, kept, operand)
 
 
 def like_inputs(grads, inputs):

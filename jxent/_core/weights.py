@@ -40,5 +40,5 @@ def weighted(weight, costs):
 
 
 def weigh(coefficients, costs):
-    """The losses of the positions: each cost times the coefficient of its name, added up."""
-    return functools.reduce(jnp.add, [weighted(coefficients[name], cost) for name, cost in costs.items()])
+    """The losses of the positions: each coefficient times the cost of its name, added up."""
+    return functools.reduce(jnp.add, [weighted(coefficient, costs[name]) for name, coefficient in coefficients.items()])

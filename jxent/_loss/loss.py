@@ -8,9 +8,9 @@ import jax.export
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jxent._core.costs import CostInputs, weighs_classes
+from jxent._core.costs import STATISTIC_NAMES, CostInputs, weighs_classes
 from jxent._core.labels import by_index
-from jxent._core.rule import prediction
+from jxent._core.rule import largest_class
 from jxent._core.shards import cast_alike, sharded_like
 from jxent._core.weights import only, weigh
 from jxent._loss.placement import CLASSES, placed
@@ -19,7 +19,7 @@ from jxent._loss.reports import report_labels, report_values
 
 
 class Stats(NamedTuple):
-    """What `return_stats=True` adds to a loss, taken in the same pass. No gradient flows through it.
+    """What `return_stats=True` adds to a loss, taken in the same pass. What is floating-point has its true gradient.
 
     All but `weight` have the shape of the positions. Where a position does not count, `log_prob`, `log_normalizer` and
     `entropy` are 0, `prediction` is -2**31, and `correct` is False. So for a loss without class and sample weights the
@@ -67,10 +67,11 @@ def loss_of(options, rule, logits, labels, weights):
     axis = options.form.axis
     positions = positions_of(options, weights, labels, logits, axis, logits.shape[axis])
     inputs = _cost_inputs(options, weights, logits, positions)
-    out = jax.tree.map(lambda row: only(positions.keep, jnp.squeeze(row, axis)), rule(options.form, inputs))
-    losses = weigh(coefficients_of(options, weights, positions), out[0])
+    rows = rule(options.form, inputs)
+    costs, predicted = jax.tree.map(lambda row: only(positions.keep, jnp.squeeze(row, axis)), rows)
+    losses = weigh(coefficients_of(options, weights, positions), costs)
     weight = denominator(options, positions, losses.shape, losses.dtype)
-    return with_stats(options, positions, reduced(options, losses, weight), out[1], weight)
+    return with_stats(options, positions, reduced(options, losses, weight), costs, predicted, weight)
 
 
 def _cost_inputs(options, weights, logits, positions):
@@ -86,13 +87,16 @@ def _cost_inputs(options, weights, logits, positions):
     return CostInputs(logits, labels, class_weight, keep, positions.first)
 
 
-def with_stats(options, positions, loss, stats, weight):
+def with_stats(options, positions, loss, costs, prediction, weight):
     """The loss, and the `Stats` if the options ask for them."""
     if not options.form.stats:
         return loss
     label = positions.labels
     if not by_index(label):
-        label = jnp.squeeze(prediction(options.form, label, positions.first), options.form.axis)
-    correct = only(positions.keep, stats["prediction"] == label, False)
-    predicted = only(positions.keep, stats["prediction"], jnp.iinfo(jnp.int32).min)
-    return loss, jax.lax.stop_gradient(Stats(**stats | {"prediction": predicted}, correct=correct, weight=weight))
+        label = jnp.squeeze(largest_class(options.form, label, positions.first), options.form.axis)
+    return loss, Stats(
+        **{name: costs[name] for name in STATISTIC_NAMES},
+        prediction=only(positions.keep, prediction, jnp.iinfo(jnp.int32).min),
+        correct=only(positions.keep, prediction == label, False),
+        weight=weight,
+    )

@@ -46,10 +46,10 @@ class Inputs(NamedTuple):
 
 
 class Swept(NamedTuple):
-    """What a sweep returns for each position, arrays of the positions' shape by name."""
+    """What a sweep returns for each position, arrays of the positions' shape."""
 
-    costs: dict[str, Array]
-    stats: dict[str, Array]
+    costs: dict[str, Array]  # by name
+    prediction: Array | None  # if statistics are wanted
 
 
 POSITIONAL = ("hidden", "labels", "keep")
