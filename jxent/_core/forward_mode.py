@@ -32,7 +32,7 @@ def with_forward_mode(rule, tangent, symbolic_zeros=False, program=None):
     `rule` is a `custom_vjp` function of (static, *arguments), trees of arrays, that returns a pair (what has gradients,
     what has none); `symbolic_zeros` is that of its `defvjp`. ``tangent(static, residuals, *tangents)`` returns the
     tangents of what has gradients. It is linear in those of the arguments, which are None where an array does not move.
-    `program` returns that of `linear`.
+    Likewise the `bwd` of the rule meets None for a cotangent of 0, if another is not. `program` returns that of `linear`.
     """
     function = jax.custom_jvp(rule, nondiff_argnums=(0,))
 
@@ -56,13 +56,13 @@ def with_forward_mode(rule, tangent, symbolic_zeros=False, program=None):
             moved = tangent(static, kept_tree.unflatten(kept), *tree.unflatten(every))
             return tree_of_differentiable.flatten_up_to(moved)
 
-        def transpose(kept, cotangents):  # None for what has none
+        def transpose(kept, cotangents):
             gradients = rule.bwd(static, kept_tree.unflatten(kept), out_tree.unflatten([*cotangents, *still]))
             gradients = tree.flatten_up_to(gradients)
             return [gradients[i] for i in moving]
 
-        directions, program_of = [directions[i] for i in moving], program and program()
-        moved = linear(apply, transpose, kept, directions, differentiable, program_of, symbolic_zeros=True)
+        along, of_devices = [directions[i] for i in moving], program and program()
+        moved = linear(apply, transpose, kept, along, differentiable, of_devices, symbolic_zeros=True)
         return out, out_tree.unflatten([*moved, *still])
 
     function.defjvp(jvp, symbolic_zeros=True)
