@@ -32,7 +32,7 @@ def with_forward_mode(rule, tangent, symbolic_zeros=False, program=None):
     `rule` is a `custom_vjp` function of (static, *arguments), trees of arrays, that returns a pair (what has gradients,
     what has none); `symbolic_zeros` is that of its `defvjp`. ``tangent(static, residuals, *tangents)`` returns the
     tangents of what has gradients. It is linear in those of the arguments, which are None where an array does not move.
-    Likewise the `bwd` of the rule meets None for a cotangent of 0, if another is not. `program` returns that of `linear`.
+    Likewise the rule's `bwd` meets None for a cotangent of 0, if another is not. `program` returns that of `linear`.
     """
     function = jax.custom_jvp(rule, nondiff_argnums=(0,))
 
