@@ -5,6 +5,7 @@ use; the same inside `shard_map`, with and without its replication check, and in
 """
 
 import contextlib
+import itertools
 import os
 import socket
 import subprocess
@@ -629,16 +630,16 @@ def test_gradient_inside_shard_map_unchecked(expected, name):
 
 
 SECOND_DERIVATIVES = pytest.mark.parametrize(
-    "name", ["cross_entropy", "cross_entropy-all", "cross_entropy-probabilities", "linear", "logsumexp"]
+    "name", ["cross_entropy", "cross_entropy-all", "cross_entropy-probabilities", "linear", "linear-all", "logsumexp"]
 )
 
 
 def argument_of(name):
     """Which argument of `value_and_grad(name)` is sharded over the vocabulary."""
-    return {"linear": 2}.get(name, 1)
+    return 2 if "linear" in name else 1
 
 
-def hessian_vector_product(f, argument, outer, *arrays):
+def hessian_vector_product(f, argument, order, *arrays):
     """That of the function of one of its arguments; the direction is the cosine of the argument."""
     arrays = list(map(jnp.asarray, arrays))
     at, direction = arrays[argument], jnp.cos(arrays[argument])
@@ -646,21 +647,24 @@ def hessian_vector_product(f, argument, outer, *arrays):
     def gradient(at):
         return jax.grad(f, argument)(*arrays[:argument], at, *arrays[argument + 1 :])
 
-    if outer == "forward":
+    def tangent(at):
+        return jax.jvp(lambda at: f(*arrays[:argument], at, *arrays[argument + 1 :]), (at,), (direction,))[1]
+
+    if order == "forward over reverse":
         return jax.jvp(gradient, (at,), (direction,))[1]
-    return jax.grad(lambda at: jnp.vdot(gradient(at), direction))(at)
+    return jax.grad(tangent if order == "reverse over forward" else lambda at: jnp.vdot(gradient(at), direction))(at)
 
 
-@pytest.mark.covering("cross_entropy-forward")
-@pytest.mark.parametrize("outer", ["forward", "reverse"])
+@pytest.mark.covering("linear-all-reverse over forward")
+@pytest.mark.parametrize("order", ["forward over reverse", "reverse over forward", "reverse over reverse"])
 @SECOND_DERIVATIVES
-def test_second_derivatives_in_shard_map(name, outer):
+def test_second_derivatives_in_shard_map(name, order):
     """A Hessian-vector product by what is sharded, one shard of it on each device."""
     argument, (whole, _), (f, _) = argument_of(name), value_and_grad(name), value_and_grad(name, axis_name="vocab")
     specs = (P(), *(SPECS.get(a, P()) for a in CALLS[name][1]))
-    product = partial(hessian_vector_product, f, argument, outer)
+    product = partial(hessian_vector_product, f, argument, order)
     product = jax.shard_map(product, mesh=mesh_of("Auto", vocab=4), in_specs=specs, out_specs=specs[argument])
-    wanted = jax.jit(partial(hessian_vector_product, whole, argument, outer))(*arrays_of(name))
+    wanted = jax.jit(partial(hessian_vector_product, whole, argument, order))(*arrays_of(name))
     assert_equal(jax.jit(product)(*arrays_of(name)), wanted)
 
 
@@ -688,13 +692,46 @@ def test_axis_name_in_vmap(expected, name):
     assert_equal((value, grads), wanted)
 
 
-@pytest.mark.parametrize("outer", ["forward", "reverse"])
+@pytest.mark.covering("linear-all-reverse over forward")
+@pytest.mark.parametrize("order", ["forward over reverse", "reverse over forward", "reverse over reverse"])
 @SECOND_DERIVATIVES
-def test_second_derivatives_in_vmap(name, outer):
+def test_second_derivatives_in_vmap(name, order):
     argument, (whole, _), (f, axes) = argument_of(name), value_and_grad(name), mapped_by_vmap(name)
-    product = jax.jit(partial(hessian_vector_product, f, argument, outer))(*map(in_shards, arrays_of(name), axes))
-    wanted = jax.jit(partial(hessian_vector_product, whole, argument, outer))(*arrays_of(name))
+    product = jax.jit(partial(hessian_vector_product, f, argument, order))(*map(in_shards, arrays_of(name), axes))
+    wanted = jax.jit(partial(hessian_vector_product, whole, argument, order))(*arrays_of(name))
     assert_equal(product, in_shards(wanted, axes[argument]))
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", ["cross_entropy", "linear"])
+def test_third_derivatives_in_vmap(name):
+    """In every order of the modes; but of the linear loss, where the second is reverse, JAX finds none of `pmax`."""
+    argument, (whole, _), (f, axes) = argument_of(name), value_and_grad(name), mapped_by_vmap(name)
+
+    def along(f, modes, *arrays):
+        arrays = list(map(jnp.asarray, arrays))
+        direction = jnp.cos(arrays[argument])
+
+        def of_one(f, mode):
+            if mode == "f":
+                return lambda at: jax.jvp(f, (at,), (direction,))[1]
+            return lambda at: jnp.vdot(jax.grad(f)(at), direction)
+
+        def g(at):
+            return f(*arrays[:argument], at, *arrays[argument + 1 :])
+
+        for mode in reversed(modes):
+            g = of_one(g, mode)
+        return g(arrays[argument])
+
+    for modes in itertools.product("fr", repeat=3):
+        run = jax.jit(partial(along, f, modes))
+        shards = list(map(in_shards, arrays_of(name), axes))
+        if name == "linear" and modes[1] == "r":
+            with pytest.raises(NotImplementedError, match="pmax"):
+                run(*shards)
+        else:
+            assert_equal(run(*shards), jax.jit(partial(along, whole, modes))(*arrays_of(name)))
 
 
 @pytest.mark.covering("log_softmax-False")

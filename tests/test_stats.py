@@ -149,7 +149,7 @@ def objectives(function, reduction, options, weights, labels, module):
             module, floats.pop("scores"), given, **weights | floats, **options, reduction=reduction, return_stats=True
         )
         out = [jnp.sum(at_positions * getattr(stats, name) ** 2) for name in wanted]
-        return sum(out) + (jnp.sum(jnp.sin(loss)) if len(wanted) > 1 else 0.0)
+        return sum(out) + (jnp.sum(jnp.sin(loss)) + jnp.sin(stats.weight) if len(wanted) > 1 else 0.0)
 
     return {name: partial(objective, (name,)) for name in STATISTICS} | {"all": partial(objective, STATISTICS)}
 
@@ -205,11 +205,10 @@ def test_gradients_near_certainty(classes):
 
     with mpmath.workdps(50):
         log_p = oracle.normalized(x, oracle.Digits)[0]
-        p = oracle.Digits.exp(log_p)
-        distance = (p * (log_p.max(-1, keepdims=True) - log_p)).sum(-1, keepdims=True)
-        z = log_p - log_p.max(-1, keepdims=True)
+        p, z = oracle.Digits.exp(log_p), log_p - log_p.max(-1, keepdims=True)
+        entropy, distance = -(p * log_p).sum(-1, keepdims=True), -(p * z).sum(-1, keepdims=True)
         wanted = {
-            "entropy": (-p * (z + distance), p * (distance - z)),
+            "entropy": (-p * (log_p + entropy), p * (distance - z)),
             "log_normalizer": (p, p),
             "log_prob": (oracle.one_hot(np.ones(len(x), int), classes) - p,) * 2,
         }
@@ -217,6 +216,24 @@ def test_gradients_near_certainty(classes):
     for name, (want, size) in wanted.items():
         judged = np.abs(size) > np.finfo(np.float32).tiny
         assert np.max(np.abs(gradient(name) - want)[judged] / np.abs(size)[judged]) < 5e-6, name
+
+
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e4])
+@pytest.mark.parametrize("name", STATISTICS)
+def test_gradients_of_16_bits(name, size):
+    """Of a block's logits they must neither overflow float16 nor vanish, however large or small the coefficients."""
+
+    def gradients(dtype):
+        def objective(hidden, kernel):
+            stats = linear(jxent, (hidden, kernel), data("index")[1], reduction="none", return_stats=True)[1]
+            return jnp.sum(getattr(stats, name)) * size * 2.0**-10
+
+        return jax.grad(objective, (0, 1))(jnp.asarray(HIDDEN, dtype), jnp.asarray(KERNEL, dtype))
+
+    for got, want in zip(gradients(jnp.float16), gradients(jnp.float32), strict=True):
+        want = np.asarray(want)
+        smallest = float(jnp.finfo(jnp.float16).smallest_subnormal)
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-2 * np.abs(want).max() + smallest)
 
 
 def matmuls(reduction, *differentiated):
@@ -254,6 +271,14 @@ def test_what_is_not_differentiated_costs_nothing():
     without = jax.vjp(partial(jxent.cross_entropy, labels=jnp.zeros(3, int), label_smoothing=0.1), jnp.ones((3, 5)))
     assert products() == str(jax.make_jaxpr(without[1])(without[0])).count("= mul ")
     assert products() < products("log_normalizer") < products("log_normalizer", "entropy")
+
+    # Nor does it read logits and exponentials both, which would have to wait for it together.
+    logits = jnp.ones((64, 512))
+    value, pull, _ = jax.vjp(
+        partial(jxent.cross_entropy, labels=jnp.zeros(64, int), return_stats=True), logits, has_aux=True
+    )
+    program = jax.jit(lambda pull, cotangent: pull(cotangent)).lower(pull, value).compile()
+    assert program.memory_analysis().argument_size_in_bytes < 1.5 * logits.nbytes
 
 
 # --- on shards --------------------------------------------------------------------------------------------------------

@@ -27,8 +27,9 @@ from jax import Array
 
 from jxent._core import targets
 from jxent._core.labels import by_index
-from jxent._core.passes import Class, Passes, compute_dtype, expm1, given
+from jxent._core.passes import Class, Passes, compute_dtype, given
 from jxent._core.shards import Shards, local_index
+from jxent._core.terms import expm1
 from jxent._core.weights import is_used, product_of
 
 
@@ -320,7 +321,7 @@ class Entropy(Cost):
 
     def tangent(self, passes, kept, moved):
         if given(passes.arrays.moving).logits is None:
-            return moved.log_z
+            return jnp.zeros_like(moved.log_z)
         return passes.sum(lambda c: c.below(c.p) * c.dz) - given(kept) * moved.log_z
 
 

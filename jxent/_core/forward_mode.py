@@ -81,15 +81,21 @@ def in_one_piece(function: Callable[..., T], *operands) -> T:
 
     def jvp(primals, tangents):
         moving = [i for i, tangent in enumerate(tangents) if not isinstance(tangent, SymbolicZero)]
-
-        def of_moving(*moved):
-            return whole(*(dict(enumerate(primals)) | dict(zip(moving, moved, strict=True))).values())
-
-        return jax.jvp(of_moving, [primals[i] for i in moving], [tangents[i] for i in moving])
+        return jvp_of_moving(whole, moving, primals, [tangents[i] for i in moving])
 
     rule = jax.custom_jvp(whole)
     rule.defjvp(jvp, symbolic_zeros=True)
     return rule(*leaves)
+
+
+def jvp_of_moving(function, moving, arrays, tangents):
+    """(``function(*arrays)``, its tangents), where the arrays at the places `moving` have these tangents."""
+
+    def of_moving(*moved):
+        every = dict(enumerate(arrays)) | dict(zip(moving, moved, strict=True))
+        return function(*every.values())
+
+    return jax.jvp(of_moving, [arrays[i] for i in moving], list(tangents))
 
 
 @jax.custom_jvp
@@ -159,12 +165,11 @@ def _jvp(primals, tangents, **params):
         parts.append(linear_p.bind(*residuals, *directions_moved, **params))
     if moving_residuals := [i for i in moving if i < number]:
 
-        def of_residuals(*moved):
-            every = dict(enumerate(residuals)) | dict(zip(moving_residuals, moved, strict=True))
-            return map.apply([*every.values()], directions)
+        def of_residuals(*residuals):
+            return map.apply(list(residuals), directions)
 
-        of_moving = [[values[i] for i in moving_residuals] for values in (primals, tangents)]
-        parts.append(jax.jvp(of_residuals, of_moving[0], of_moving[1])[1])
+        moved = [tangents[i] for i in moving_residuals]
+        parts.append(jvp_of_moving(of_residuals, moving_residuals, residuals, moved)[1])
     return linear_p.bind(*primals, **params), [sum(part[1:], part[0]) for part in zip(*parts, strict=True)]
 
 

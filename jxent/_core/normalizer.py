@@ -22,8 +22,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from jxent._core.forward_mode import linear
-from jxent._core.passes import Arrays, Moving, Passes, confident
+from jxent._core.passes import Arrays, Moving, Passes
 from jxent._core.shards import each_shards_own, first_class, largest, shards_of, shared_cotangent
+from jxent._core.terms import confident
 
 
 class Normalizer(NamedTuple):
@@ -68,7 +69,7 @@ def normalizer(logits, label, axis, cap, dtype, room=False, axis_name=()) -> Nor
 
 
 # With dz[j] = dx[j] - dm, d log_z = sum of p[j] dz[j], for any dm, as a shift of all logits changes no probability.
-# Where the largest class has a p of 2/3 or more, dm is its tangent, see `_centered`; elsewhere it is 0, which adds
+# Where the largest class has a p of 2/3 or more, dm is its tangent, see `terms.centered`; elsewhere it is 0, which adds
 # nothing to gradients that cancels. These sums are a `linear` map, so that XLA:CPU fuses each into one pass.
 @normalizer.defjvp
 def _normalizer_jvp(axis, cap, dtype, room, axis_name, primals, tangents):

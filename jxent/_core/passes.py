@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jxent._core import terms
 from jxent._core.labels import pick
 from jxent._core.shards import cast, total, varying
 
@@ -73,18 +74,6 @@ def apart(row):
     return jnp.where(row == jnp.inf, jnp.inf, row)
 
 
-@jax.custom_jvp
-def expm1(x):
-    """exp(x) - 1, with the derivative exp(x). JAX takes the result plus 1, in which a small exp(x) has no digits."""
-    return jnp.expm1(x)
-
-
-@expm1.defjvp
-def _expm1_jvp(primals, tangents):
-    (x,), (dx,) = primals, tangents
-    return expm1(x), jnp.exp(x) * dx
-
-
 def given(value: T | None) -> T:
     """What is there wherever this is asked."""
     assert value is not None
@@ -92,95 +81,6 @@ def given(value: T | None) -> T:
 
 
 # --- one class --------------------------------------------------------------------------------------------------------
-
-
-def _most(unit):
-    """The largest finite number."""
-    return float(jnp.finfo(unit.dtype).max) * unit
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(3,))
-def _centered(logits, top, log_z, cap, unit):
-    """x - m, in the dtype of `unit`: exactly 0 at the largest logit `top`. `log_z` matters to the tangent alone.
-
-    x is the logit, or cap * tanh(logit / cap). With a = top / cap and b = logit / cap,
-
-        tanh(b) - tanh(a) = 2 expm1(-2 (a - b)) / ((1 + exp(-2 a)) (1 + exp(2 b)))
-
-    which does not cancel, as the difference of two rounded tanh would.
-    """
-    del log_z
-    x, top = logits.astype(unit.dtype), top.astype(unit.dtype)
-    if cap is None:
-        return x - top
-    cap = cap * unit
-    falling, rising = jnp.exp(-2 * unit * (top / cap)), jnp.exp(2 * unit * (x / cap))
-    z = 2 * cap * jnp.expm1(-2 * unit * ((top - x) / cap)) / ((unit + falling) * (unit + rising))
-    # The last term is 0, or -inf where x is: a masked class stays masked.
-    return z + jnp.minimum(x * (0.25 * unit) + _most(unit), 0 * unit)
-
-
-# The tangent is dx[j] - dx[top] where a class has a p of 2/3 or more, and not dx[j] as if the maximum were a constant:
-# sums of p[j] dz[j] would then have a term of the size of dx[top] that their result has not. At the largest logit 0 is
-# written as 0 and not as a difference, or gradients of it would add numbers that cancel.
-@_centered.defjvp
-def _centered_jvp(cap, primals, tangents):
-    logits, top, log_z, unit = primals
-    z = _centered(logits, top, log_z, cap, unit)
-    of_both = zip(primals[:2], tangents[:2], strict=True)
-    dx, dtop = (_slope(a.astype(z.dtype), cap, da.astype(z.dtype)) for a, da in of_both)
-    at_top = confident(log_z) * (unit - _below(logits, top, unit))
-    return z, (dx - dtop) * (unit - lax.stop_gradient(at_top))
-
-
-def confident(log_z):
-    """1 where the largest logit has a p of at least 2/3, so that no other is as large; 0 elsewhere."""
-    return lax.stop_gradient((log_z < math.log(1.5)).astype(log_z.dtype))
-
-
-def _below(logits, top, unit):
-    """0 at the largest logit `top` and 1 below it."""
-    distance = top.astype(unit.dtype) - logits.astype(unit.dtype)
-    return jnp.minimum(distance * (_most(unit) / 4), unit)
-
-
-def _slope(logits, cap, values, unit: float | Array = 1.0):
-    """`values` times the derivative of x by the logits: 1 - tanh(u)**2, which cancels where the cap saturates.
-
-    4 e / (1 + e)**2 with e = exp(-2 |u|) is the same, and does not cancel. A sum needs the `unit`.
-    """
-    if cap is None:
-        return values
-    e = jnp.exp(-2 * unit * jnp.abs(logits / (cap * unit)))
-    return 4 * unit * e / ((unit + e) * (unit + e)) * values
-
-
-def _present(logits, unit):
-    """1, and 0 where a logit is -inf."""
-    x = logits.astype(unit.dtype)
-    return lax.stop_gradient(jnp.minimum(jnp.maximum(x * (0.25 * unit) + _most(unit), 0 * unit), unit))
-
-
-@jax.custom_jvp
-def _product(weight, cost, unit):
-    """weight * cost for a cost in [0, inf], with 0 * inf = 0."""
-    finite = jnp.minimum(cost, _most(unit))
-    sign = jnp.maximum(jnp.minimum(weight * _most(unit), unit), -unit)
-    # The largest finite number where the cost is infinite and the weight is not 0, which four times is infinite.
-    excess = sign * ((unit - _present(-cost, unit)) * finite)
-    return weight * finite + (4 * unit) * excess
-
-
-def _marginal(weight, cost, unit):
-    """The derivative of `_product` by the weight: the cost, finite, but 0 where it is infinite and the weight is 0."""
-    used = jnp.minimum(jnp.abs(weight) * _most(unit), unit)
-    return jnp.maximum(lax.stop_gradient(used), _present(-cost, unit)) * jnp.minimum(cost, _most(unit))
-
-
-@_product.defjvp
-def _product_jvp(primals, tangents):
-    (weight, cost, unit), (dweight, dcost, _) = primals, tangents
-    return _product(weight, cost, unit), dweight * _marginal(weight, cost, unit) + weight * dcost
 
 
 class Arrays(NamedTuple):
@@ -218,7 +118,7 @@ class Class:
     @cached_property
     def z(self) -> Array:
         """x - m, 0 at the largest logit."""
-        return _centered(self._logit, self.arrays.top, self.arrays.log_z, self.softcap, self.unit)
+        return terms.centered(self._logit, self.arrays.top, self.arrays.log_z, self.softcap, self.unit)
 
     @cached_property
     def exp_z(self) -> Array:
@@ -246,7 +146,7 @@ class Class:
     @cached_property
     def present(self) -> Array:
         """1, and 0 for a class that is masked with -inf."""
-        return _present(self._logit, self.unit)
+        return terms.present(self._logit, self.unit)
 
     @property
     def masked(self) -> Array:
@@ -261,8 +161,10 @@ class Class:
         label that they lack counts as below.
         """
         if self.arrays.exp is not None:
-            return lax.stop_gradient(jnp.minimum((self.unit - self.arrays.exp) * (_most(self.unit) / 4), self.unit))
-        return lax.stop_gradient(_below(self._logit, given(self.arrays.top), self.unit))
+            return lax.stop_gradient(
+                jnp.minimum((self.unit - self.arrays.exp) * (terms.most(self.unit) / 4), self.unit)
+            )
+        return lax.stop_gradient(terms.below_top(self._logit, given(self.arrays.top), self.unit))
 
     @property
     def at_max(self) -> Array:
@@ -283,7 +185,7 @@ class Class:
         """The tangent of x."""
         if self.softcap is None:
             return self.dlogit
-        return _slope(self._logit.astype(self.unit.dtype), self.softcap, self.dlogit, self.unit)
+        return terms.slope(self._logit.astype(self.unit.dtype), self.softcap, self.dlogit, self.unit)
 
     @cached_property
     def dz(self) -> Array:
@@ -301,15 +203,15 @@ class Class:
 
         w[j] are the class weights, or 1 unless it is to be `weighted`.
         """
-        moving, marginal = given(self.arrays.moving), _marginal(share, -self.log_p, self.unit)
-        terms = []
+        moving, by_share = given(self.arrays.moving), terms.marginal(share, -self.log_p, self.unit)
+        tangents = []
         if moving.logits is not None:
-            terms.append((self.weighted(share) if weighted else share) * (dlog_z - self.dz))
+            tangents.append((self.weighted(share) if weighted else share) * (dlog_z - self.dz))
         if dshare is not None:
-            terms.append((self.weighted(dshare) if weighted else dshare) * marginal)
+            tangents.append((self.weighted(dshare) if weighted else dshare) * by_share)
         if weighted and moving.weight is not None:
-            terms.append(moving.weight * (share * marginal))
-        return sum(terms, 0 * self.unit)
+            tangents.append(moving.weight * (share * by_share))
+        return sum(tangents, 0 * self.unit)
 
     def weighted(self, share: Array) -> Array:
         """The share times the class weight, if there is one."""
@@ -317,11 +219,11 @@ class Class:
 
     def cost(self, share: Array) -> Array:
         """share * -log p, with 0 * inf = 0."""
-        return _product(share, -self.log_p, self.unit)
+        return terms.product(share, -self.log_p, self.unit)
 
     def below(self, share: Array) -> Array:
         """share * (m - x), with 0 * inf = 0."""
-        return _product(share, -self.z, self.unit)
+        return terms.product(share, -self.z, self.unit)
 
     def cost_of(self, share: Array) -> Array:
         """-log p, and 0 for a masked class without a share: it is no class. For `Passes.map`."""
@@ -332,7 +234,7 @@ class Class:
         # Of no positions the gradient is a constant, which varies along no axis by itself.
         gradient = cast(gradient, varying(jax.tree.leaves(self.arrays)[0]))
         if self.softcap is not None:
-            gradient = _slope(self._logit.astype(gradient.dtype), self.softcap, gradient)
+            gradient = terms.slope(self._logit.astype(gradient.dtype), self.softcap, gradient)
         return gradient if self.arrays.logits is None else gradient.astype(self.arrays.logits.dtype)
 
     @property
@@ -399,12 +301,12 @@ class Passes:
     def z_of(self, logit: Array, top: Array | None = None) -> Array:
         """x - m of any logits of the positions; `top`, if it is given, is the largest."""
         top, unit = self.arrays.top if top is None else top, jnp.ones((), self.dtype)
-        return _centered(logit, top, self.arrays.log_z, self.softcap, unit)
+        return terms.centered(logit, top, self.arrays.log_z, self.softcap, unit)
 
     def dx_of(self, logit: Array | None, dlogit: Array) -> Array:
         """The tangent of x where that of the logit is `dlogit`."""
         dlogit = dlogit.astype(self.dtype)
-        return dlogit if self.softcap is None else _slope(given(logit).astype(self.dtype), self.softcap, dlogit)
+        return dlogit if self.softcap is None else terms.slope(given(logit).astype(self.dtype), self.softcap, dlogit)
 
     def keep_exponentials(self, but: Array | None = None) -> Array:
         """Has later passes read exp(x - m) from memory, and returns its sum, less that of the class index `but`."""
@@ -436,8 +338,8 @@ class Passes:
             size = classes // number
             near_shape = (*label.shape[:axis], size, *label.shape[axis + 1 :])
             near = label // size * size + lax.broadcasted_iota(label.dtype, near_shape, axis)
-            terms = jnp.exp(self.z_of(pick(arrays.logits, jnp.clip(near, 0, classes - 1), axis)))
-            anew = jnp.sum(jnp.where(near == label, 0, terms), axis, keepdims=True)
+            exp = jnp.exp(self.z_of(pick(arrays.logits, jnp.clip(near, 0, classes - 1), axis)))
+            anew = jnp.sum(jnp.where(near == label, 0, exp), axis, keepdims=True)
             here = lax.broadcasted_iota(label.dtype, blocks.shape, axis) == label // size
             return jnp.sum(jnp.where(here, anew, blocks), axis, keepdims=True)
 

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from jxent._core.passes import expm1
+from jxent._core.terms import expm1
 
 
 class Sums(NamedTuple):

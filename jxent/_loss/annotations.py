@@ -1,6 +1,6 @@
 """The types of what callers pass, as type checkers see them; and the options of a loss, for its overloads.
 
-What a loss returns depends on `return_stats`. Each of its two overloads takes the other options by a `TypedDict`, so
+What a loss returns depends on `return_stats`. Each of its overloads takes the other options by a `TypedDict`, so
 that they stand in the signature and here, and not in every overload.
 """
 

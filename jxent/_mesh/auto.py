@@ -17,7 +17,7 @@ from jax.interpreters import ad, batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jxent._core.config import traced_config
-from jxent._core.forward_mode import linear
+from jxent._core.forward_mode import jvp_of_moving, linear
 from jxent._core.shards import mesh_in_use
 from jxent._mesh.device import all_dimensions, on_each_device
 from jxent._mesh.layout import is_dimensions, layout
@@ -44,15 +44,7 @@ class _Static(NamedTuple):
         if self.moving is None:
             return function(*arrays)
         number = self.tree.num_leaves
-        return _jvp_of(function, self.moving, arrays[:number], arrays[number:])
-
-
-def _jvp_of(function, moving, arrays, tangents):
-    def of_moving(*moved):
-        every = dict(enumerate(arrays)) | dict(zip(moving, moved, strict=True))
-        return function(*every.values())
-
-    return jax.jvp(of_moving, [arrays[i] for i in moving], list(tangents))[1]
+        return jvp_of_moving(function, self.moving, arrays[:number], arrays[number:])[1]
 
 
 def swept_by_compiler(sweep, asked, inputs, coefficients):
@@ -168,7 +160,7 @@ def _batched(arrays, axes, *, static, program):
 def _jvp(primals, tangents, *, static, program):
     moving = tuple(i for i, tangent in enumerate(tangents) if type(tangent) is not ad.Zero)
     out = _sweep_p.bind(*primals, static=static, program=program)
-    plain = partial(_jvp_of, partial(_plain, static=static), moving)
+    plain = partial(jvp_of_moving, partial(_plain, static=static), moving)
     floats = [i for i, array in enumerate(out) if jnp.issubdtype(array.dtype, jnp.floating)]
 
     def apply(primals, tangents):
@@ -176,12 +168,12 @@ def _jvp(primals, tangents, *, static, program):
             names = all_dimensions(static.sweep, static.asked, *static.tree.unflatten(primals))
             moved = _bind(static._replace(moving=moving), names, [*primals, *tangents])
         else:
-            moved = plain(primals, tangents)
+            moved = plain(primals, tangents)[1]
         return [moved[i] for i in floats]
 
     def transpose(primals, cotangents):
         def moved(*tangents):
-            every = plain(primals, tangents)
+            every = plain(primals, tangents)[1]
             return [every[i] for i in floats]
 
         return jax.linear_transpose(moved, *(primals[i] for i in moving))(cotangents)
