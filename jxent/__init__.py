@@ -1,7 +1,9 @@
 """Cross-entropy for JAX: exact, and with PyTorch's meaning."""
 
 from jxent._cross_entropy import cross_entropy
+from jxent._divergences import js_divergence, kl_divergence
 from jxent._linear_cross_entropy import linear_cross_entropy
+from jxent._linear_divergences import linear_js_divergence, linear_kl_divergence
 from jxent._loss.loss import Stats
 from jxent._next_token import next_token_labels
 from jxent._nll_loss import nll_loss
@@ -10,7 +12,11 @@ from jxent._softmax import log_softmax, logsumexp, softmax
 __all__ = [
     "Stats",
     "cross_entropy",
+    "js_divergence",
+    "kl_divergence",
     "linear_cross_entropy",
+    "linear_js_divergence",
+    "linear_kl_divergence",
     "log_softmax",
     "logsumexp",
     "next_token_labels",

@@ -1,4 +1,4 @@
-"""`linear_cross_entropy`: its arguments, and the loss by one sweep over blocks of positions or by two."""
+"""`linear_cross_entropy`: its arguments."""
 
 from __future__ import annotations
 
@@ -6,14 +6,11 @@ from functools import partial
 from typing import Any, Literal, Unpack, overload
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jxent._core.costs import weighs_classes
 from jxent._core.passes import compute_dtype
-from jxent._core.shards import cast_alike, total
-from jxent._core.weights import only, weigh
-from jxent._linear_rules import linear_costs, linear_total
+from jxent._linear_loss import loss_by_sweep
 from jxent._loss import checks, label_checks
 from jxent._loss.annotations import ArrayLike, AxisName, LinearLossOptions, Reduction
 from jxent._loss.axis_names import Sharded, mesh_axes
@@ -21,7 +18,7 @@ from jxent._loss.loss import Stats, label_dimensions, weight_dimensions, with_st
 from jxent._loss.names import known_names
 from jxent._loss.options import Weights, options_of
 from jxent._loss.placement import CLASSES, placed
-from jxent._loss.positions import coefficients_of, denominator, positions_of, reduced
+from jxent._loss.positions import coefficients_of, denominator, positions_of
 from jxent._loss.reports import report_labels, report_values
 from jxent._mesh.sharded import covers_its_mesh
 from jxent._sweep.sweep import Inputs, Sweep
@@ -186,8 +183,7 @@ def linear_cross_entropy(
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _linear_cross_entropy(options, sweep, recompute, hidden, kernel, bias, labels, weights):
-    classes, shape = kernel.shape[sweep.vocab_axis], hidden.shape[:-1]
-    dtype = compute_dtype(hidden.dtype, kernel.dtype)
+    classes = kernel.shape[sweep.vocab_axis]
     positions = positions_of(options, weights, labels, hidden, hidden.ndim - 1, classes)
     labels = positions.labels
     # Elsewhere a report would make checkify fail, at the `shard_map` that is to come.
@@ -198,33 +194,7 @@ def _linear_cross_entropy(options, sweep, recompute, hidden, kernel, bias, label
         labels = report_values(options, None, labels, masked=("bias",), kernel=kernel, bias=bias)
     class_weight = weights.class_weight if weighs_classes(options.form, labels) else None
     inputs = Inputs(hidden, kernel, bias, labels, class_weight, positions.keep, positions.first)
-    coefficients, weight = coefficients_of(options, weights, positions), denominator(options, positions, shape, dtype)
-    if options.reduction == "none" or recompute:
-        inputs, _ = _cast_alike(options, inputs, {})
-        costs, prediction = linear_costs(sweep, inputs)
-        loss = reduced(options, weigh(coefficients, costs), weight)
-    else:
-        # Divided by the denominator before the sweep: what is kept for the backward pass is then the gradient itself.
-        divisor = jnp.where(weight == 0, 1, weight) if options.reduction == "mean" else 1
-        coefficients = {name: _full(c, positions.keep, shape, dtype) / divisor for name, c in coefficients.items()}
-        inputs, coefficients = _cast_alike(options, inputs, coefficients)
-        (loss, costs), prediction = linear_total(sweep, inputs, coefficients)
-        loss = total(loss, options.batch_axis_name)
-        loss = jnp.where(weight == 0, jnp.nan, loss) if options.reduction == "mean" else loss
+    coefficients = coefficients_of(options, weights, positions)
+    weight = denominator(options, positions, hidden.shape[:-1], compute_dtype(hidden.dtype, kernel.dtype))
+    loss, costs, prediction = loss_by_sweep(options, sweep, recompute, inputs, coefficients, weight)
     return with_stats(options, positions, loss, costs, prediction, weight)
-
-
-def _full(coefficient, keep, shape, dtype):
-    """A coefficient, None standing for 1, at each position that counts and 0 elsewhere, in at least `dtype`."""
-    if isinstance(coefficient, jax.Array):
-        dtype = compute_dtype(coefficient.dtype, dtype)
-    return only(keep, jnp.broadcast_to(jnp.asarray(1 if coefficient is None else coefficient, dtype), shape))
-
-
-def _cast_alike(options, inputs, coefficients):
-    """(inputs, coefficients), as `cast_alike` casts them."""
-    of_classes = {name: getattr(inputs, name) for name in ("hidden", "kernel", "bias", "class_weight", "first")}
-    labels, of_classes, (keep, coefficients) = cast_alike(
-        options.form.shards, inputs.labels, of_classes, (inputs.keep, coefficients)
-    )
-    return inputs._replace(labels=labels, keep=keep, **of_classes), coefficients

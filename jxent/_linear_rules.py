@@ -155,7 +155,7 @@ def _linear_total_tangent(sweep, residuals, of_inputs, of_coefficients):
 
     at = {part: {name: getattr(residuals, part)[name] for name in moving} for part, moving in tangents.items()}
     of_total = jax.jvp(weighed, (at,), (tangents,))[1]
-    still = jnp.zeros_like(residuals.costs["label"])
+    still = jnp.zeros_like(next(iter(residuals.costs.values())))
     names = STATISTIC_NAMES if sweep.form.stats else ()
     return of_total, {name: of_costs.get(name, still) for name in names}
 

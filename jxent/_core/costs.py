@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jxent._core import targets
+from jxent._core.divergences import Divergence
 from jxent._core.labels import by_index
 from jxent._core.passes import Class, Passes, compute_dtype, given
 from jxent._core.shards import Shards, local_index
@@ -41,6 +42,7 @@ class Form(NamedTuple):
     costs: tuple[str, ...]  # names of what the loss is made of
     stats: bool  # whether the statistics are wanted, too
     shards: Shards  # of the classes
+    divergence: Divergence | None = None  # instead of all costs
 
 
 class CostInputs(NamedTuple):
@@ -50,10 +52,11 @@ class CostInputs(NamedTuple):
     """
 
     logits: Array
-    labels: Array  # class indices without the class axis, or class probabilities of the logits' shape
+    labels: Array  # class indices without the class axis, or of the logits' shape: class probabilities, or logits of P
     class_weight: Array | None  # (classes,); in the sums over classes, not in the cost of an index label
     keep: Array | None  # a row array, False where a position does not count; what its logits hold reaches no gradient
     first: Array | None  # the class that this shard begins with; None if the classes are not sharded
+    scale: Array | None = None  # of shape (): what a divergence multiplies all logits by; None for 1
 
     @property
     def dtype(self):
@@ -346,7 +349,7 @@ def coefficients(form: Form, scalars: Scalars, sample_weight, label_weight) -> d
 
 
 def steepness(name: str) -> float:
-    return (OPTIONAL | STATISTICS).get(name, Cost).steepness
+    return (OPTIONAL | STATISTICS | {"divergence": Divergence}).get(name, Cost).steepness
 
 
 def costs_of(form: Form, inputs: CostInputs) -> dict[str, Cost]:

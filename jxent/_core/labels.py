@@ -10,8 +10,8 @@ from jxent._core.shards import by_compiler, total
 
 
 def by_index(labels) -> bool:
-    """Whether the labels are class indices; otherwise they are class probabilities."""
-    return jnp.issubdtype(labels.dtype, jnp.integer)
+    """Whether the labels are class indices; otherwise they are class probabilities, or None where there are none."""
+    return labels is not None and jnp.issubdtype(labels.dtype, jnp.integer)
 
 
 def out_of_range(labels, classes):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jxent._core import divergences
 from jxent._core.costs import CostInputs, Form, Known, Moved, costs_of
 from jxent._core.forward_mode import moving_where, with_forward_mode
 from jxent._core.labels import at_label, by_index, clipped, out_of_range, pick
@@ -47,6 +48,9 @@ def _costs(form: Form, inputs: CostInputs) -> tuple[dict[str, Array], Array | No
 
 def costs_fwd(form, room, inputs):
     """The forward rule; with `room` for an array of the logits' size, exponentials are kept."""
+    if form.divergence is not None:
+        divergence, residuals = divergences.forward(form, inputs)
+        return ({"divergence": divergence}, None), residuals
     logits, labels, axis = inputs.logits, inputs.labels, form.axis
     classes = logits.shape[axis] * form.shards.number
     label = None
@@ -115,6 +119,9 @@ def costs_bwd(form, residuals, cotangents):
     A cost without a coefficient, or with None for it, has no share in the sum.
     """
     inputs = residuals.inputs
+    if form.divergence is not None:
+        to_q, to_p, to_scale = divergences.backward(form, residuals, cotangents["divergence"])
+        return summed_up(form, inputs, to_q, to_p, None, to_scale)
     named = {name: cost for name, cost in costs_of(form, inputs).items() if cotangents.get(name) is not None}
     passes = residuals.passes(form, cotangents[next(iter(named))])
     rows = {name: cost.rows(passes, residuals.kept[name], cotangents[name]) for name, cost in named.items()}
@@ -134,6 +141,8 @@ def costs_bwd(form, residuals, cotangents):
 
 def costs_tangent(form, residuals, moving):
     """The tangents of the costs, where those of the inputs are `moving`; None for an input that does not move."""
+    if form.divergence is not None:
+        return {"divergence": divergences.tangent(form, residuals, moving)}
     inputs, axis, log_z = residuals.inputs, form.axis, residuals.log_z
     passes = residuals.passes(form, log_z)
     weight = along(moving.class_weight, log_z.ndim, axis, log_z.dtype)
@@ -169,14 +178,14 @@ def _added_up(arrays, nothing=None):
     return reduce(jnp.add, there) if there else nothing
 
 
-def summed_up(form, inputs, to_logits, to_labels, to_weight):
+def summed_up(form, inputs, to_logits, to_labels, to_weight, to_scale=None):
     """The gradients of `CostInputs`, from those at each position; 0 where a position does not count."""
-    grads = CostInputs(to_logits, to_labels, to_weight, None, None)
+    grads = CostInputs(to_logits, to_labels, to_weight, None, None, to_scale)
     grads = jax.tree.map(lambda grad: only(inputs.keep, grad), grads)
-    if to_weight is None:
-        return grads
-    positions = tuple(a for a in range(to_weight.ndim) if a != form.axis)
-    return grads._replace(class_weight=jnp.sum(grads.class_weight, positions))
+    if to_weight is not None:
+        positions = tuple(a for a in range(to_weight.ndim) if a != form.axis)
+        grads = grads._replace(class_weight=jnp.sum(grads.class_weight, positions))
+    return grads if to_scale is None else grads._replace(scale=jnp.sum(grads.scale))
 
 
 # --- positions that do not count --------------------------------------------------------------------------------------
@@ -198,6 +207,8 @@ def counted(inputs):
 
 def _exchanges_logits(form, inputs):
     """Whether exponentials can be kept for the backward pass in the place of the logits, and suffice for the loss."""
+    if form.divergence is not None:
+        return False
     of_loss = costs_of(form._replace(stats=False), inputs)
     takes_p_alone = all(cost.gradient_takes_p_alone for cost in of_loss.values())
     return takes_p_alone and form.logit_softcap is None and inputs.logits.dtype == inputs.dtype
@@ -229,9 +240,10 @@ def _costs_fwd(form, inputs):
 
 def _costs_bwd(form, kept, cotangents):
     inputs, of_costs = kept.residuals.inputs, cotangents[0]
-    named = {name: cost for name, cost in costs_of(form, inputs).items() if of_costs[name] is not None}
-    if all(cost.gradient_takes_p_alone for cost in named.values()):
-        kept = kept._replace(logits=None)
+    if kept.logits is not None:
+        named = {name: cost for name, cost in costs_of(form, inputs).items() if of_costs[name] is not None}
+        if all(cost.gradient_takes_p_alone for cost in named.values()):
+            kept = kept._replace(logits=None)
     grads = _with_residuals(costs_bwd, form, kept, shared_cotangent(of_costs, form.shards))
     if kept.logits_or_exp is not None:
         inputs = inputs._replace(logits=kept.logits_or_exp)

@@ -122,7 +122,8 @@ def cast_alike(shards, labels, of_classes, of_positions):
     leaves = jax.tree.leaves((labels, of_classes, of_positions))
     axes = varying_together(*leaves, axis_name=shards.axis_name)
     positional = axes - frozenset(shards.axis_name)
-    labels = cast(labels, positional if jnp.issubdtype(labels.dtype, jnp.integer) else axes)
+    if labels is not None:
+        labels = cast(labels, positional if jnp.issubdtype(labels.dtype, jnp.integer) else axes)
     of_classes = jax.tree.map(partial(cast, axes=axes), of_classes)
     return labels, of_classes, jax.tree.map(partial(cast, axes=positional), of_positions)
 

@@ -111,3 +111,107 @@ def marginal(weight, cost, unit):
 def _product_jvp(primals, tangents):
     (weight, cost, unit), (dweight, dcost, _) = primals, tangents
     return product(weight, cost, unit), dweight * marginal(weight, cost, unit) + weight * dcost
+
+
+# --- of two distributions ---------------------------------------------------------------------------------------------
+#
+# With a = exp(log_a) and b = exp(log_b), u = log_b - log_a is given once more, exact where the two nearly agree.
+
+
+def lost_by_difference(a, b):
+    """What the rounding of a - b takes off it, exactly (Knuth's TwoSum). To differentiation it is 0."""
+    a, b = lax.stop_gradient((a, b))
+    rounded = a - b
+    virtual = rounded - a
+    return (a - (rounded - virtual)) - (b + virtual)
+
+
+@jax.custom_jvp
+def difference(log_a, log_b, u, unit):
+    """b - a. To differentiation u is log_b - log_a."""
+    return jnp.exp(jnp.maximum(log_a, log_b)) * (-_sign(u, unit) * jnp.expm1(-jnp.abs(u)))
+
+
+@difference.defjvp
+def _difference_jvp(primals, tangents):
+    (log_a, log_b, _, _), (da, db, _, _) = primals, tangents
+    return difference(*primals), jnp.exp(log_b) * db - jnp.exp(log_a) * da
+
+
+def excess(log_a, u, unit):
+    """b - a - a u, never negative, for u up to a bound; beyond it, where a counts for nothing, what b has there.
+
+    It is a times exp(v) - 1 - v. Near 0 that is taken from its series. At v = few + more, few being in [-1/4, 1/4], it
+    exceeds what it is at `few` by exp(few) expm1(more) - more, in which nothing cancels but a quarter.
+    """
+    v = jnp.minimum(u, _bound(unit))
+    few = jnp.maximum(jnp.minimum(v, unit / 4), -unit / 4)
+    k = next(k for k in range(20) if 0.25**k / math.factorial(k + 2) < jnp.finfo(unit.dtype).eps / 16)
+    series = 1 / math.factorial(k + 1) * unit
+    for i in range(k, 1, -1):
+        series = series * few + 1 / math.factorial(i) * unit
+    more = v - few
+    return jnp.exp(log_a) * (few * few * series + (jnp.exp(few) * expm1(more) - more))
+
+
+def excess_beyond(log_b, u, unit):
+    """What b - a - a u has beyond the bound of `excess`: the rest of b."""
+    return -jnp.exp(log_b) * expm1(-jnp.maximum(u - _bound(unit), 0 * unit))
+
+
+def _bound(unit):
+    """For u, so that u exp(-u) is rounding."""
+    return (4 - math.log(jnp.finfo(unit.dtype).eps)) * unit
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(3,))
+def mixed(log_a, log_b, u, beta, unit):
+    """(log m, log m - log a, log m - log b), for m = beta a + (1 - beta) b.
+
+    From the larger one it is log1p((1 - its share) expm1(-|u|)) to log m, and from the other |u| more.
+    """
+    above, below = jnp.maximum(u, 0 * unit), jnp.minimum(u, 0 * unit)  # one of the two is 0
+    from_larger = jnp.log1p((1 - beta) * unit * jnp.expm1(below)) + jnp.log1p(beta * unit * jnp.expm1(-above))
+    return jnp.maximum(log_a, log_b) + from_larger, from_larger + above, from_larger - below
+
+
+@mixed.defjvp
+def _mixed_jvp(beta, primals, tangents):
+    (log_a, log_b, u, unit), (da, db, _, _) = primals, tangents
+    log_m, to_a, to_b = mixed(log_a, log_b, u, beta, unit)
+    share_a, share_b = beta * jnp.exp(-to_a), (1 - beta) * jnp.exp(-to_b)  # of m
+    dlog_m = share_a * da + share_b * db
+    return (log_m, to_a, to_b), (dlog_m, dlog_m - da, dlog_m - db)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(3,))
+def log_mixed_step(y, after, step, share, unit):
+    """L(after) - L(y), with L(y) = log(1 - share + share exp(y)), where `step` is after - y, but exact.
+
+    For the larger of the two arguments let p = share exp(y) / exp(L(y)), and w = |step|. Then it is -+log(1 - p + p
+    exp(-w)), by the sign of the step. Where that is small, log1p(p expm1(-w)) is the same logarithm without the 1.
+    """
+    w = jnp.abs(step)
+    p, rest = _shares(jnp.maximum(y, after), share, unit)
+    tiny = float(jnp.finfo(unit.dtype).tiny) * unit
+    of_small = jnp.log1p(jnp.maximum(p * jnp.expm1(-w), -unit / 2))
+    of_large = jnp.log(jnp.maximum(jnp.minimum(2 * unit * (rest + p * jnp.exp(-w)), unit), tiny))
+    return -_sign(step, unit) * (of_small + of_large)
+
+
+@log_mixed_step.defjvp
+def _log_mixed_step_jvp(share, primals, tangents):
+    (y, after, step, unit), (dy, dafter, _, _) = primals, tangents
+    at_y, at_after = (_shares(at, share, unit)[0] for at in (y, after))
+    return log_mixed_step(y, after, step, share, unit), at_after * dafter - at_y * dy
+
+
+def _shares(y, share, unit):
+    """(share exp(y), 1 - share), each divided by their sum."""
+    odds = share / (1 - share) * unit
+    return unit / (unit + jnp.exp(-y) / odds), unit / (unit + jnp.exp(y) * odds)
+
+
+def _sign(u, unit):
+    """-1, 0 or 1."""
+    return jnp.maximum(jnp.minimum(u * most(unit), unit), -unit)

@@ -91,13 +91,18 @@ def class_axis(function, name, value, axis) -> int:
     return axis
 
 
-def kernel_axis(function, hidden, kernel, vocab_axis) -> int:
-    """The vocabulary's axis of the kernel, 0 or 1; its other axis is that of the features."""
+def kernel_axis(function, hidden, kernel, vocab_axis, of="") -> int:
+    """The vocabulary's axis of the kernel, 0 or 1; its other axis is that of the features.
+
+    `of` ends the names of the two arguments.
+    """
     vocab_axis = integer(function, "vocab_axis", vocab_axis)
     if hidden.ndim == 0:
-        raise ValueError(f"{function}: hidden needs a features axis, got a scalar")
+        raise ValueError(f"{function}: hidden{of} needs a features axis, got a scalar")
     if kernel.ndim != 2:
-        raise ValueError(f"{function}: kernel must have two axes, features and vocabulary, got shape {kernel.shape}")
+        raise ValueError(
+            f"{function}: kernel{of} must have two axes, features and vocabulary, got shape {kernel.shape}"
+        )
     if not -2 <= vocab_axis < 2:
         raise ValueError(f"{function}: vocab_axis must be -1 or 0, got {vocab_axis}")
     vocab_axis %= 2
@@ -108,13 +113,13 @@ def kernel_axis(function, hidden, kernel, vocab_axis) -> int:
         if hidden.shape[-1] == kernel.shape[vocab_axis]:
             remedy = f"; for a kernel of the other layout pass vocab_axis={-1 if vocab_axis == 0 else 0}"
         raise ValueError(
-            f"{function}: hidden and kernel must have the same number of features, got {hidden.shape[-1]} in hidden of "
-            f"shape {hidden.shape} and {features} in kernel {layout} of shape {kernel.shape}{remedy}"
+            f"{function}: hidden{of} and kernel{of} must have the same number of features, got {hidden.shape[-1]} in "
+            f"hidden{of} of shape {hidden.shape} and {features} in kernel{of} {layout} of shape {kernel.shape}{remedy}"
         )
     if kernel.shape[vocab_axis] == 0:
         shown = -1 if vocab_axis else 0
         raise ValueError(
-            f"{function}: kernel must have at least one class, got shape {kernel.shape} with vocab_axis={shown}"
+            f"{function}: kernel{of} must have at least one class, got shape {kernel.shape} with vocab_axis={shown}"
         )
     return vocab_axis
 
@@ -233,14 +238,18 @@ def flag(function, name, value) -> bool:
     return bool(value)
 
 
-def scalar(function, name, value, low, high):
-    """A Python number in [low, high] (static), or a floating-point scalar array (traced, its value unchecked)."""
+def scalar(function, name, value, low, high, positive=False):
+    """A Python number in [low, high] (static), or a floating-point scalar array (traced, its value unchecked).
+
+    `positive` leaves out 0.
+    """
     if isinstance(value, np.ndarray) and value.shape == ():
         value = value.item()
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
         value = float(value)
-        if not low <= value <= high or math.isinf(value):
+        if not low <= value <= high or math.isinf(value) or (positive and value == 0):
             wanted = f"in [{low}, {high}]" if high < math.inf else f"finite and at least {low}"
+            wanted = "finite and positive" if positive else wanted
             raise ValueError(f"{function}: {name} must be {wanted}, got {value}")
         return value
     if not isinstance(value, jax.Array | np.ndarray):
@@ -253,6 +262,51 @@ def scalar(function, name, value, low, high):
     if value.shape != ():
         raise ValueError(f"{function}: {name} must be a number or a scalar, got shape {value.shape}")
     return jnp.asarray(value)
+
+
+def inner_share(function, name, value) -> float:
+    """A Python number between 0 and 1."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{function}: {name} must be a Python number, got {shown(value)}")
+    if not 0 < value < 1:
+        raise ValueError(
+            f"{function}: {name} must lie between 0 and 1, got {value}; the divergence is 0 at either end: take "
+            f"{function.replace('js', 'kl')}, in one order or the other"
+        )
+    return float(value)
+
+
+def same_shape(function, name, value, other_name, other):
+    if value.shape != other.shape:
+        raise ValueError(
+            f"{function}: {name} and {other_name} must have the same shape, got {value.shape} in {name} and "
+            f"{other.shape} in {other_name}"
+        )
+
+
+def pair(function, name, value) -> tuple[int, int]:
+    """One integer for both sides of a divergence, or one for each."""
+    values = tuple(value) if isinstance(value, tuple | list) else (value, value)
+    if len(values) != 2:
+        raise ValueError(f"{function}: {name} must be one integer, or a pair for P and Q, got {value!r}")
+    return values
+
+
+def same_positions(function, hidden_p, hidden_q):
+    if hidden_p.shape[:-1] != hidden_q.shape[:-1]:
+        raise ValueError(
+            f"{function}: hidden_p and hidden_q must have the same leading shape, got {hidden_p.shape} in hidden_p and "
+            f"{hidden_q.shape} in hidden_q"
+        )
+
+
+def same_vocabulary(function, kernel_p, axis_p, kernel_q, axis_q):
+    of_p, of_q = kernel_p.shape[axis_p], kernel_q.shape[axis_q]
+    if of_p != of_q:
+        raise ValueError(
+            f"{function}: kernel_p and kernel_q must have the same vocabulary, got {of_p} classes in kernel_p of shape "
+            f"{kernel_p.shape} and {of_q} in kernel_q of shape {kernel_q.shape}; vocab_axis may be a pair, for P and Q"
+        )
 
 
 def scalars(function, label_smoothing, z_loss_weight):

@@ -13,6 +13,7 @@ from jxent._core.labels import by_index
 from jxent._core.rule import largest_class
 from jxent._core.shards import cast_alike, sharded_like
 from jxent._core.weights import only, weigh
+from jxent._loss.options import Weights
 from jxent._loss.placement import CLASSES, placed
 from jxent._loss.positions import coefficients_of, denominator, positions_of, reduced
 from jxent._loss.reports import report_labels, report_values
@@ -58,7 +59,7 @@ def label_dimensions(labels, positions, of_logits):
 
 def weight_dimensions(weights, positions):
     scalars = jax.tree.map(lambda _: (), weights.scalars)
-    return weights._replace(class_weight=(CLASSES,), sample_weight=positions, where=positions, scalars=scalars)
+    return Weights((CLASSES,), positions, positions, scalars, ())
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -81,10 +82,15 @@ def _cost_inputs(options, weights, logits, positions):
     class_weight = weights.class_weight if weighs_classes(options.form, labels) else None
     class_weight = sharded_like(class_weight, logits, [axis])
     keep = None if keep is None else jnp.expand_dims(keep, axis)
-    labels = report_labels(options, keep, labels, logits.shape[axis] * options.form.shards.number, axis)
+    if options.form.divergence is None:
+        labels = report_labels(options, keep, labels, logits.shape[axis] * options.form.shards.number, axis)
+    else:
+        labels = report_values(options, keep, labels, masked=("logits_p",), logits_p=labels)
     labels = report_values(options, keep, labels, masked=(options.argument,), **{options.argument: logits})
-    labels, (logits, class_weight), keep = cast_alike(options.form.shards, labels, (logits, class_weight), keep)
-    return CostInputs(logits, labels, class_weight, keep, positions.first)
+    labels, (logits, class_weight, scale), keep = cast_alike(
+        options.form.shards, labels, (logits, class_weight, weights.scale), keep
+    )
+    return CostInputs(logits, labels, class_weight, keep, positions.first, scale)
 
 
 def with_stats(options, positions, loss, costs, prediction, weight):

@@ -1,10 +1,13 @@
 """The options of a loss, static or traced, and the arrays that it takes besides logits and labels."""
 
+import math
 from typing import NamedTuple
 
+import jax.numpy as jnp
 from jax import Array
 
 from jxent._core.costs import Form, Scalars, wanted_costs
+from jxent._core.passes import compute_dtype
 from jxent._loss import checks
 from jxent._loss.axis_names import Over
 
@@ -28,6 +31,7 @@ class Weights(NamedTuple):
     sample_weight: Array | None  # this and `where` broadcast to the positions
     where: Array | None
     scalars: Scalars  # None for one that is static
+    scale: Array | None = None  # of shape (), see `CostInputs`
 
 
 def options_of(names, axis, labels, over: Over, scalars, ignore_index, reduction, softcap=None, return_stats=False):
@@ -40,6 +44,24 @@ def options_of(names, axis, labels, over: Over, scalars, ignore_index, reduction
     static = Scalars._make(value if isinstance(value, float) else None for value in scalars)
     traced = Scalars._make(None if isinstance(value, float) else value for value in scalars)
     return Options(function, argument, form, static, ignore_index, reduction, over.batch), traced
+
+
+def divergence_options(names, axis, over: Over, divergence, reduction):
+    """`Options` of a divergence."""
+    form = Form(axis, None, ("divergence",), False, over.shards, divergence)
+    return Options(*names, form, Scalars(), None, checks.reduction(names[0], reduction), over.batch)
+
+
+def divergence_weights(function, temperature, sample_weight, where, logits, axis, *others):
+    """The `Weights` of a divergence between logits, of which only shape and dtype are read, and others."""
+    temperature = checks.scalar(function, "temperature", temperature, 0, math.inf, positive=True)
+    _, sample_weight, where = checks.weights(function, None, sample_weight, where, logits, axis)
+    scale = None
+    if not isinstance(temperature, float):
+        scale = 1 / temperature.astype(compute_dtype(temperature.dtype))
+    elif temperature != 1:
+        scale = jnp.asarray(1 / temperature, compute_dtype(logits.dtype, *(other.dtype for other in others)))
+    return Weights(None, sample_weight, where, Scalars(None, None), scale)
 
 
 def scalars_of(options, weights):

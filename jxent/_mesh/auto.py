@@ -122,23 +122,27 @@ def _on_mesh(*arrays, static, program):
 
 def _by_tpu(*arrays, static, program):
     del program
-    mesh, vocab_axis = static.mesh, static.sweep.vocab_axis
-    whole_features = [PartitionSpec.UNCONSTRAINED if a == vocab_axis else None for a in range(2)]
+    mesh, kernels = static.mesh, {"kernel": static.sweep.vocab_axis, "kernel_p": static.sweep.vocab_axis_p}
+
+    def whole_features(vocab_axis):
+        return [PartitionSpec.UNCONSTRAINED if a == vocab_axis else None for a in range(2)]
 
     def constrained(array, spec):
-        return array if mesh.empty else lax.with_sharding_constraint(array, NamedSharding(mesh, PartitionSpec(*spec)))
+        if mesh.empty or array is None:
+            return array
+        return lax.with_sharding_constraint(array, NamedSharding(mesh, PartitionSpec(*spec)))
 
     # Or the compiler shards the block's logits by features, where parameters or activations are sharded so, and sums or
     # gathers the kernel or its gradient in every block.
     def sweep(*arrays):
         inputs, coefficients = static.tree.unflatten(arrays)
-        any_positions = [PartitionSpec.UNCONSTRAINED] * (inputs.hidden.ndim - 1)
-        inputs = inputs._replace(
-            kernel=constrained(inputs.kernel, whole_features), hidden=constrained(inputs.hidden, [*any_positions, None])
-        )
-        out, grads = swept(static.sweep, static.asked, inputs, coefficients)
-        if "kernel" in grads:
-            grads["kernel"] = constrained(grads["kernel"], whole_features)
+        of_hidden = [*[PartitionSpec.UNCONSTRAINED] * (inputs.hidden.ndim - 1), None]
+        of_kernels = {name: whole_features(vocab_axis) for name, vocab_axis in kernels.items()}
+        specs = {"hidden": of_hidden, "hidden_p": of_hidden, **of_kernels}
+        whole = {name: constrained(getattr(inputs, name), spec) for name, spec in specs.items()}
+        out, grads = swept(static.sweep, static.asked, inputs._replace(**whole), coefficients)
+        for name in of_kernels.keys() & grads.keys():
+            grads[name] = constrained(grads[name], of_kernels[name])
         return jax.tree.leaves((out, grads))
 
     with static.config():

@@ -37,9 +37,13 @@ def _over_devices(sweep, plan, name, grad):
     """The sum of a gradient over the devices that have a share of it, each of which keeps what it is to hold."""
     if name == "labels":
         return grad
-    axes = plan.axes["v"] if name == "hidden" else plan.positions
-    if name == "kernel":
-        scattered = {1 - sweep.vocab_axis: plan.scattered("f"), sweep.vocab_axis: plan.scattered("v")}
+    axes = plan.axes["v"] if name in ("hidden", "hidden_p") else plan.positions
+    if name == "scale":
+        axes = (*plan.axes["v"], *plan.positions)
+    kernels = {"kernel": (sweep.vocab_axis, ""), "kernel_p": (sweep.vocab_axis_p, "p")}
+    if name in kernels:
+        vocab_axis, suffix = kernels[name]
+        scattered = {1 - vocab_axis: plan.scattered("f", suffix), vocab_axis: plan.scattered("v", suffix)}
         for axis, over in scattered.items():
             if over:
                 scatter = partial(lax.psum_scatter, axis_name=over, scatter_dimension=axis, tiled=True)
@@ -63,6 +67,6 @@ def _in_float32(collective, grad):
 
 def all_dimensions(sweep, asked, inputs, coefficients):
     """The dimensions of (arguments, results) of `swept`, as of `layout`."""
-    arguments = dimensions(sweep.vocab_axis, inputs, coefficients)
+    arguments = dimensions(sweep.vocab_axis, sweep.vocab_axis_p, inputs, coefficients)
     arrays = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (inputs, coefficients))
     return arguments, result_dimensions(arguments, *swept_shapes(sweep, asked, *arrays))

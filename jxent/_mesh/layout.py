@@ -1,7 +1,8 @@
 """Which axes of a mesh shard which dimensions while a device sweeps over its shards, from the arrays' shardings.
 
 Dimensions have names: p0, p1, ... of the positions, h the features of the hidden states, f and v the features and the
-vocabulary of the kernel, df and dv those of its gradient.
+vocabulary of the kernel, df and dv those of its gradient. In a divergence hp, fp, dfp and dvp are those of P, whose
+kernel has the same v.
 """
 
 import math
@@ -14,7 +15,7 @@ from jxent._core.labels import by_index
 from jxent._sweep.sweep import Inputs
 
 
-def dimensions(vocab_axis, inputs, coefficients):
+def dimensions(vocab_axis, vocab_axis_p, inputs, coefficients):
     """The dimensions of each array, as a tuple of names in place of it."""
     positions = tuple(f"p{i}" for i in range(inputs.hidden.ndim - 1))
     names = Inputs(
@@ -25,6 +26,10 @@ def dimensions(vocab_axis, inputs, coefficients):
         class_weight=("v",),
         keep=positions,
         first=(),
+        scale=(),
+        hidden_p=(*positions, "hp"),
+        kernel_p=("fp", "v") if vocab_axis_p else ("v", "fp"),
+        bias_p=("v",),
     )
     given = Inputs(*(None if a is None else name for a, name in zip(inputs, names, strict=True)))
     return given, jax.tree.map(lambda _: positions, coefficients)
@@ -34,7 +39,14 @@ def result_dimensions(arguments, out, grads):
     """The same for the results of a sweep, with which `out` and `grads` share their structure."""
     inputs, _ = arguments
     names = inputs._asdict() | {"kernel": tuple("d" + name for name in inputs.kernel)}
+    if inputs.kernel_p is not None:
+        names["kernel_p"] = tuple(_end_of_p(name) for name in inputs.kernel_p)
     return jax.tree.map(lambda _: inputs.hidden[:-1], out), {name: names[name] for name in grads}
+
+
+def _end_of_p(name):
+    """The dimension of the gradient by the kernel of P, for that of the kernel."""
+    return "d" + name.removesuffix("p") + "p"
 
 
 def is_dimensions(value):
@@ -50,9 +62,10 @@ class Layout(NamedTuple):
     def positions(self):
         return tuple(axis for name, axes in self.axes.items() if name.startswith("p") for axis in axes)
 
-    def scattered(self, name):
-        """The axes over which a dimension of the kernel's gradient is sharded, but not that of the kernel."""
-        return self.axes["d" + name][len(self.axes[name]) :]
+    def scattered(self, name, suffix=""):
+        """The axes over which a dimension of a kernel's gradient is sharded, but not that of the kernel."""
+        during = self.axes["v" if name == "v" else name + suffix]
+        return self.axes["d" + name + suffix][len(during) :]
 
     def specs(self, tree):
         """Partition specs in place of tuples of names."""
@@ -90,14 +103,20 @@ def layout(sizes, inputs, names):
         positions = {name: tuple(a for a in axes if a not in both) for name, axes in positions.items()}
     else:
         vocab = vocab[: min((vocab.index(a) for a in both), default=None)]
-    out = Layout({**positions, "h": (), "f": (), "v": vocab})
+    out = Layout({**positions, **dict.fromkeys(("h", "f", "hp", "fp"), ()), "v": vocab})
 
     # The kernel's gradient, summed over the positions, ends where the kernel came from.
-    def ending(name):
-        rest = given[name][len(out.axes[name]) :]
-        return out.axes[name] + tuple(a for a in rest if a in out.positions)
+    def ending(before, name):
+        during = out.axes[name]
+        rest = before[len(during) :] if before[: len(during)] == during else ()
+        return during + tuple(a for a in rest if a in out.positions)
 
-    return Layout(out.axes | {"d" + name: ending(name) for name in ("f", "v")})
+    ends = {"d" + name: ending(given[name], name) for name in ("f", "v")}
+    if inputs.kernel_p is not None:
+        for name, length, entry in zip(names.kernel_p, inputs.kernel_p.shape, entries(inputs.kernel_p), strict=True):
+            before = fitting(tuple(a for a in entry if a in sizes), length)
+            ends[_end_of_p(name)] = ending(before, name)
+    return Layout(out.axes | ends)
 
 
 def entries(array):

@@ -31,6 +31,7 @@ class Sweep(NamedTuple):
     vocab_axis: int
     block_size: int | None  # None for the default
     precision: Any  # as `jax.lax.dot_general` takes it
+    vocab_axis_p: int = 1  # of `Inputs.kernel_p`
 
 
 class Inputs(NamedTuple):
@@ -43,6 +44,10 @@ class Inputs(NamedTuple):
     class_weight: Any  # (vocab,), see `CostInputs`
     keep: Any  # (*positions,), False where a position does not count
     first: Any = None  # see `CostInputs`
+    scale: Any = None  # likewise, and the rest for divergences: what else the logits of P are made of
+    hidden_p: Any = None
+    kernel_p: Any = None
+    bias_p: Any = None
 
 
 class Swept(NamedTuple):
@@ -52,10 +57,46 @@ class Swept(NamedTuple):
     prediction: Array | None  # if statistics are wanted
 
 
-POSITIONAL = ("hidden", "labels", "keep")
+POSITIONAL = ("hidden", "labels", "keep", "hidden_p")
 
 
 # --- one block --------------------------------------------------------------------------------------------------------
+
+
+class _Layer(NamedTuple):
+    """The output layer of a block, as its matmuls take it."""
+
+    hidden: Array  # 0 where a position does not count
+    kernel: Array
+    vocab_axis: int
+    suffix: str  # of the names of its arrays in `Inputs`
+
+    def logits(self, bias, precision):
+        last = self.hidden.ndim - 1
+        logits = dot(self.hidden, self.kernel, ((last,), (1 - self.vocab_axis,)), precision)
+        if bias is None:
+            return logits
+        dtype = compute_dtype(logits.dtype, bias.dtype)
+        return logits.astype(dtype) + given(along(bias, logits.ndim, last, dtype))
+
+    def gradients(self, asked, dlogits, cpu, precision):
+        """Those of the hidden states and the kernel that are asked for."""
+        g, grads = dlogits.astype(self.hidden.dtype), {}
+        if (name := "hidden" + self.suffix) in asked:
+            grads[name] = dot(g, self.kernel, ((g.ndim - 1,), (self.vocab_axis,)), precision)
+        if (name := "kernel" + self.suffix) in asked:
+            grads[name] = kernel_gradient(self.hidden, g, self.vocab_axis, cpu, precision)
+        return grads
+
+
+def _layers(sweep, inputs, row_keep):
+    """(the `_Layer` of the logits, that of P in a divergence or None)."""
+    # Selected before the matmul, because in the kernel's gradient 0 * NaN would be NaN.
+    of_q = _Layer(*operands_of_block(only(row_keep, inputs.hidden), inputs.kernel), sweep.vocab_axis, "")
+    if inputs.hidden_p is None:
+        return of_q, None
+    operands = operands_of_block(only(row_keep, inputs.hidden_p), inputs.kernel_p)
+    return of_q, _Layer(*operands, sweep.vocab_axis_p, "_p")
 
 
 def _block(sweep, asked, cpu, inputs, coefficients):
@@ -64,25 +105,22 @@ def _block(sweep, asked, cpu, inputs, coefficients):
     The gradient is that of the costs' sum with these coefficients. Gradients of what all blocks share come in the dtype
     to sum them in, that of the kernel as of `kernel_gradient`. A CPU has room for exponentials.
     """
-    last = inputs.hidden.ndim - 1
     row_keep = None if inputs.keep is None else inputs.keep[..., None]
-    # Selected before the matmul, because in the kernel's gradient 0 * NaN would be NaN.
-    h, k = operands_of_block(only(row_keep, inputs.hidden), inputs.kernel)
-    logits = dot(h, k, ((last,), (1 - sweep.vocab_axis,)), sweep.precision)
-    if inputs.bias is not None:
-        dtype = compute_dtype(logits.dtype, inputs.bias.dtype)
-        logits = logits.astype(dtype) + given(along(inputs.bias, logits.ndim, last, dtype))
-    of_block = CostInputs(logits, inputs.labels, inputs.class_weight, row_keep, inputs.first)
-    if not by_index(inputs.labels):
+    layer, layer_p = _layers(sweep, inputs, row_keep)
+    logits, labels = layer.logits(inputs.bias, sweep.precision), inputs.labels
+    if layer_p is not None:
+        labels = layer_p.logits(inputs.bias_p, sweep.precision)
+    of_block = CostInputs(logits, labels, inputs.class_weight, row_keep, inputs.first, inputs.scale)
+    if not by_index(labels):
         of_block = counted(of_block)  # the hidden states are selected, but probabilities of what does not count are not
     if asked:
         out, residuals = costs_fwd(sweep.form, cpu, of_block)
     else:
         # Their gradients must vary over a mesh as they do.
-        labels, (logits, class_weight), keep = cast_alike(
-            sweep.form.shards, of_block.labels, (of_block.logits, of_block.class_weight), of_block.keep
+        labels, (logits, class_weight, scale), keep = cast_alike(
+            sweep.form.shards, of_block.labels, (of_block.logits, of_block.class_weight, of_block.scale), of_block.keep
         )
-        of_block = CostInputs(logits, labels, class_weight, keep, inputs.first)
+        of_block = CostInputs(logits, labels, class_weight, keep, inputs.first, scale)
         out, residuals = costs_of_block((sweep.form, cpu), of_block), None
     swept = Swept(*jax.tree.map(lambda row: only(inputs.keep, row[..., 0]), out))
     if residuals is None:
@@ -90,21 +128,18 @@ def _block(sweep, asked, cpu, inputs, coefficients):
 
     to_costs = {name: c[..., None].astype(swept.costs[name].dtype) for name, c in coefficients.items()}
     to_given = costs_bwd(sweep.form, residuals, to_costs)
-    g = to_given.logits.astype(h.dtype)
-    grads = {}
-    if "hidden" in asked:
-        grads["hidden"] = dot(g, k, ((last,), (sweep.vocab_axis,)), sweep.precision)
-    if "kernel" in asked:
-        grads["kernel"] = kernel_gradient(h, g, sweep.vocab_axis, cpu, sweep.precision)
-    if "bias" in asked:
-        # Once more, for the sum alone: for two uses at once XLA:CPU would write every term of the gradient.
-        (residuals, to_costs), _ = barrier(((residuals, to_costs), g))
-        terms = apart(costs_bwd(sweep.form, residuals, to_costs).logits)
-        grads["bias"] = jnp.sum(terms, tuple(range(last)))
-    if "labels" in asked:
-        grads["labels"] = to_given.labels
-    if "class_weight" in asked:
-        grads["class_weight"] = to_given.class_weight
+    grads = layer.gradients(asked, to_given.logits, cpu, sweep.precision)
+    if layer_p is not None:
+        grads |= layer_p.gradients(asked, to_given.labels, cpu, sweep.precision)
+    for name, field in (("bias", "logits"), ("bias_p", "labels")):
+        if name in asked:
+            # Once more, for the sum alone: for two uses at once XLA:CPU would write every term of the gradient.
+            again, _ = barrier(((residuals, to_costs), getattr(to_given, field)))
+            terms = apart(getattr(costs_bwd(sweep.form, *again), field))
+            grads[name] = jnp.sum(terms, tuple(range(terms.ndim - 1)))
+    for name in ("labels", "class_weight", "scale"):
+        if name in asked:
+            grads[name] = getattr(to_given, name)
     return swept, grads
 
 
@@ -117,7 +152,7 @@ def _storable(name, dtype):
     That of float16 might not fit into float16. Those of `bias` and `class_weight` are small, and stay as they were
     summed, because they may be summed over devices yet.
     """
-    wide = dtype == jnp.float16 or name in ("bias", "class_weight")
+    wide = dtype == jnp.float16 or name in ("bias", "class_weight", "scale", "bias_p")
     return compute_dtype(dtype) if wide else dtype
 
 
@@ -138,7 +173,8 @@ def _float16_scale(coefficients, class_weight):
 
 def default_block_size(cpu, asked, positions, classes):
     """Positions, by a budget for the float32 logits. Larger blocks read and write the kernel's gradient less often."""
-    least, budget = (256, 64 * 2**20) if cpu else (1024, 2**30) if "kernel" in asked else (512, 2**29)
+    of_kernel = "kernel" in asked or "kernel_p" in asked
+    least, budget = (256, 64 * 2**20) if cpu else (1024, 2**30) if of_kernel else (512, 2**29)
     return max(least, min(positions // 4, budget // (4 * classes)))
 
 
@@ -157,9 +193,11 @@ def swept_shapes(sweep, asked, inputs, coefficients):
 
 def _swept(sweep, asked, cpu, inputs, coefficients):
     shape, classes = inputs.hidden.shape[:-1], inputs.kernel.shape[sweep.vocab_axis]
-    blocks = blocks_of(shape, sweep.block_size or default_block_size(cpu, asked, math.prod(shape), classes))
+    sides = ((inputs.hidden, inputs.kernel), (inputs.hidden_p, inputs.kernel_p))[: 1 if inputs.hidden_p is None else 2]
+    default = default_block_size(cpu, asked, math.prod(shape), classes) // len(sides)
+    blocks = blocks_of(shape, sweep.block_size or max(1, default))
     scale = None
-    if asked and jnp.promote_types(inputs.hidden.dtype, inputs.kernel.dtype) == jnp.float16:
+    if asked and jnp.float16 in [jnp.promote_types(hidden.dtype, kernel.dtype) for hidden, kernel in sides]:
         scale = lax.stop_gradient(_float16_scale(coefficients, inputs.class_weight))
         coefficients = jax.tree.map(lambda c: c / scale, coefficients)
 
@@ -180,8 +218,9 @@ def _swept(sweep, asked, cpu, inputs, coefficients):
         return (out, each), {name: grad for name, grad in grads.items() if name not in POSITIONAL}
 
     (out, grads), sums = block(0) if blocks.number == 1 else _all_blocks(blocks, block)
-    if "kernel" in sums:
-        sums["kernel"] = as_kernel(sums["kernel"], sweep.vocab_axis, cpu)
+    for name, vocab_axis in (("kernel", sweep.vocab_axis), ("kernel_p", sweep.vocab_axis_p)):
+        if name in sums:
+            sums[name] = as_kernel(sums[name], vocab_axis, cpu)
     return out, grads | {name: finished(name, grad) for name, grad in sums.items()}
 
 
