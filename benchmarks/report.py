@@ -21,7 +21,7 @@ def machine():
     with contextlib.suppress(OSError, StopIteration), open("/proc/cpuinfo") as file:
         cpu = next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
     versions = {"Python": platform.python_version()}
-    for name in ("jxent", "jax", "jaxlib", "numpy", "optax", "jax-cce", "tokamax", "torch"):
+    for name in ("jxent", "jax", "jaxlib", "numpy", "optax", "jax-cce", "tokamax", "torch", "distrax"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     return {

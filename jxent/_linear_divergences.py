@@ -176,7 +176,7 @@ def _linear_divergence(name, divergence, sides, vocab_axis, weights, reduction, 
     block_size, recompute, precision = sweep_options
     axes = checks.pair(name, "vocab_axis", vocab_axis)
     (hidden_p, kernel_p, bias_p, axis_p), (hidden_q, kernel_q, bias_q, axis_q) = (
-        _checked_layer(name, of, *side, axis) for of, side, axis in zip(("_p", "_q"), sides, axes, strict=True)
+        _checked_layer(name, of, side, axis) for of, side, axis in zip(("_p", "_q"), sides, axes, strict=True)
     )
     classes = kernel_q.shape[axis_q]
     checks.same_positions(name, hidden_p, hidden_q)
@@ -204,7 +204,8 @@ def _linear_divergence(name, divergence, sides, vocab_axis, weights, reduction, 
     return placed(over.placement, _divergence, (options, sweep, recompute), arrays, dimensions)
 
 
-def _checked_layer(name, of, hidden, kernel, bias, vocab_axis):
+def _checked_layer(name, of, side, vocab_axis):
+    hidden, kernel, bias = side
     hidden = checks.floating(name, "hidden" + of, hidden)
     kernel = checks.floating(name, "kernel" + of, kernel)
     vocab_axis = checks.kernel_axis(name, hidden, kernel, vocab_axis, of)

@@ -41,6 +41,27 @@ def cross_entropy(logits, labels, *, logit_softcap=None, **options):
     return reduced(x, logsumexp(x), log_softmax(x), labels, **options)
 
 
+def kl_divergence(logits_p, logits_q, *, temperature=1.0, **options):
+    log_p, log_q = log_softmax(logits_p / temperature), log_softmax(logits_q / temperature)
+    return weighed(_kl(log_p, log_q), **options)
+
+
+def js_divergence(logits_p, logits_q, *, beta=0.5, temperature=1.0, **options):
+    log_p, log_q = log_softmax(logits_p / temperature), log_softmax(logits_q / temperature)
+    log_m = jnp.logaddexp(log_p + jnp.log(beta), log_q + jnp.log(1 - beta))
+    return weighed(beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m), **options)
+
+
+def _kl(log_p, log_q):
+    return jnp.sum(jnp.exp(log_p) * (log_p - log_q), -1)
+
+
+def weighed(values, *, sample_weight=1.0, where=True, reduction="mean"):
+    weight = jnp.where(jnp.broadcast_to(where, values.shape), sample_weight, 0)
+    total = jnp.sum(values * weight)
+    return {"mean": total / jnp.sum(weight), "sum": total, "none": values * weight}[reduction]
+
+
 def reduced(
     x,
     log_normalizer,

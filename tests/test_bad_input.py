@@ -27,6 +27,8 @@ PROBABILITIES = RNG.dirichlet(np.ones(C), N).astype(np.float32)
 LOSSES = {"nll_loss": "log_probs", "cross_entropy": "logits"}
 LINEAR = "linear_cross_entropy"
 SOFTMAXES = ("logsumexp", "softmax", "log_softmax")
+DIVERGENCES = ("kl_divergence", "js_divergence")
+LINEAR_DIVERGENCES = ("linear_kl_divergence", "linear_js_divergence")
 
 # --- the table --------------------------------------------------------------------------------------------------------
 
@@ -62,6 +64,11 @@ def good(function):
         return {"logits": jnp.asarray(LOGITS)}
     if function == LINEAR:
         return {"hidden": floats(N, F), "kernel": floats(F, C), "labels": jnp.asarray(LABELS, jnp.int32)}
+    if function in DIVERGENCES:
+        return {"logits_p": jnp.asarray(LOGITS), "logits_q": floats(N, C)}
+    if function in LINEAR_DIVERGENCES:
+        of_p = {"hidden_p": floats(N, F), "kernel_p": floats(F, C)}
+        return of_p | {"hidden_q": floats(N, F + 1), "kernel_q": floats(F + 1, C)}
     return {LOSSES[function]: jnp.asarray(LOGITS), "labels": jnp.asarray(LABELS, jnp.int32)}
 
 
@@ -194,39 +201,51 @@ def label_rows(function, name):
 
 
 def weight_rows(function):
-    floating = "must be floating point"
-    classes, positions = rf"one entry per class, shape \({C},\)", rf"broadcast to the positions.*\({N},\)"
-    return (
-        rows_of(
-            function,
-            "class_weight",
-            ("bool", jnp.ones(C, bool), TypeError, floating, "got bool", "astype"),
-            ("text", "balanced", TypeError, "must be an array", "got 'balanced'"),
-            ("short", floats(C - 1), ValueError, classes, rf"got .*\({C - 1},\)"),
-            ("column", floats(C, 1), ValueError, classes, rf"got .*\({C}, 1\)"),
-            ("scalar", floats(), ValueError, classes, r"got .*\(\)"),
-            ("per-position", floats(N), ValueError, classes, rf"got .*\({N},\)"),
-        )
-        + rows_of(
-            function,
-            "sample_weight",
-            ("int", ints(N), TypeError, floating, "got int32", "where=", "astype"),
-            ("bool", jnp.ones(N, bool), TypeError, floating, "got bool", "where="),
-            ("text", "balanced", TypeError, "must be an array", "got 'balanced'"),
-            ("long", floats(N + 1), ValueError, positions, rf"got shape \({N + 1},\)"),
-            ("column", floats(N, 1), ValueError, positions, rf"got shape \({N}, 1\)"),
-            ("row", floats(1, N), ValueError, positions, rf"got shape \(1, {N}\)"),
-        )
-        + rows_of(
-            function,
-            "where",
-            ("int", ints(N), TypeError, "must be boolean", "got int32", "mask != 0", "sample_weight"),
-            ("float", floats(N), TypeError, "must be boolean", "got float32", "mask != 0", "sample_weight"),
-            ("text", "all", TypeError, "must be an array", "got 'all'"),
-            ("long", jnp.ones(N + 1, bool), ValueError, positions, rf"got shape \({N + 1},\)"),
-            ("column", jnp.ones((N, 1), bool), ValueError, positions, rf"got shape \({N}, 1\)"),
-            ("logits-shaped", jnp.ones((N, C), bool), ValueError, positions, rf"got shape \({N}, {C}\)"),
-        )
+    classes = rf"one entry per class, shape \({C},\)"
+    return position_rows(function) + rows_of(
+        function,
+        "class_weight",
+        ("bool", jnp.ones(C, bool), TypeError, "must be floating point", "got bool", "astype"),
+        ("text", "balanced", TypeError, "must be an array", "got 'balanced'"),
+        ("short", floats(C - 1), ValueError, classes, rf"got .*\({C - 1},\)"),
+        ("column", floats(C, 1), ValueError, classes, rf"got .*\({C}, 1\)"),
+        ("scalar", floats(), ValueError, classes, r"got .*\(\)"),
+        ("per-position", floats(N), ValueError, classes, rf"got .*\({N},\)"),
+    )
+
+
+def position_rows(function):
+    floating, positions = "must be floating point", rf"broadcast to the positions.*\({N},\)"
+    return rows_of(
+        function,
+        "sample_weight",
+        ("int", ints(N), TypeError, floating, "got int32", "where=", "astype"),
+        ("bool", jnp.ones(N, bool), TypeError, floating, "got bool", "where="),
+        ("text", "balanced", TypeError, "must be an array", "got 'balanced'"),
+        ("long", floats(N + 1), ValueError, positions, rf"got shape \({N + 1},\)"),
+        ("column", floats(N, 1), ValueError, positions, rf"got shape \({N}, 1\)"),
+        ("row", floats(1, N), ValueError, positions, rf"got shape \(1, {N}\)"),
+    ) + rows_of(
+        function,
+        "where",
+        ("int", ints(N), TypeError, "must be boolean", "got int32", "mask != 0", "sample_weight"),
+        ("float", floats(N), TypeError, "must be boolean", "got float32", "mask != 0", "sample_weight"),
+        ("text", "all", TypeError, "must be an array", "got 'all'"),
+        ("long", jnp.ones(N + 1, bool), ValueError, positions, rf"got shape \({N + 1},\)"),
+        ("column", jnp.ones((N, 1), bool), ValueError, positions, rf"got shape \({N}, 1\)"),
+        ("logits-shaped", jnp.ones((N, C), bool), ValueError, positions, rf"got shape \({N}, {C}\)"),
+    )
+
+
+def reduction_rows(function):
+    return rows_of(
+        function,
+        "reduction",
+        ("none", None, TypeError, "'mean', 'sum', 'none'", "got None", 'pass "none"'),
+        ("flag", True, TypeError, "'mean', 'sum', 'none'", "got True"),
+        ("array", jnp.int32(0), TypeError, "'mean', 'sum', 'none'", "got ", STATIC),
+        ("unknown", "avg", ValueError, "'mean', 'sum', 'none'", "got 'avg'"),
+        ("upper-case", "MEAN", ValueError, "'mean', 'sum', 'none'", "got 'MEAN'"),
     )
 
 
@@ -247,15 +266,7 @@ def option_rows(function):
             ("probabilities", 0, ValueError, "integer labels", "class probabilities.*float32", "where="),
             labels=jnp.asarray(PROBABILITIES),
         )
-        + rows_of(
-            function,
-            "reduction",
-            ("none", None, TypeError, "'mean', 'sum', 'none'", "got None", 'pass "none"'),
-            ("flag", True, TypeError, "'mean', 'sum', 'none'", "got True"),
-            ("array", jnp.int32(0), TypeError, "'mean', 'sum', 'none'", "got ", STATIC),
-            ("unknown", "avg", ValueError, "'mean', 'sum', 'none'", "got 'avg'"),
-            ("upper-case", "MEAN", ValueError, "'mean', 'sum', 'none'", "got 'MEAN'"),
-        )
+        + reduction_rows(function)
     )
 
 
@@ -355,7 +366,14 @@ def linear_rows():
         + weight_rows(function)
         + option_rows(function)
         + cross_entropy_rows(function)
-        + rows_of(
+        + sweep_rows(function)
+    )
+
+
+def sweep_rows(function):
+    integer = "must be a Python integer"
+    return (
+        rows_of(
             function,
             "block_size",
             ("zero", 0, ValueError, "must be at least 1", "got 0"),
@@ -375,6 +393,75 @@ def linear_rows():
             ("one-of-two", ("highest", "best"), ValueError, "dot_general", "best"),
             ("unhashable", {"tpu": "highest"}, TypeError, "dot_general", "tpu"),
             ("array", jnp.float32(3), TypeError, "dot_general", "got ", STATIC),
+        )
+    )
+
+
+def divergence_rows(function):
+    """Of any of the four."""
+    rows = position_rows(function) + reduction_rows(function)
+    return rows + scalar_rows(
+        function, "temperature", "must be finite and positive", (0, -1.0, float("nan"), float("inf"))
+    )
+
+
+def beta_rows(function):
+    other = function.replace("js", "kl")
+    return rows_of(
+        function,
+        "beta",
+        ("none", None, TypeError, "must be a Python number", "got None"),
+        ("bool", True, TypeError, "must be a Python number", "got True"),
+        ("text", "half", TypeError, "must be a Python number", "got 'half'"),
+        ("array", jnp.float32(0.5), TypeError, "must be a Python number", "got ", STATIC),
+        *((str(v), v, ValueError, "must lie between 0 and 1", f"got {v}", f"take {other}") for v in (0.0, 1.0, 2.5)),
+    )
+
+
+def logits_divergence_rows(function):
+    scores = [row for name in ("logits_p", "logits_q") for row in scores_rows(function, name)]
+    scores += rows_of(
+        function,
+        "logits_p",
+        ("positions", floats(N + 1, C), ValueError, "same shape", rf"\({N + 1}, {C}\) in logits_p", rf"\({N}, {C}\)"),
+        ("classes", floats(N, C - 1), ValueError, "same shape", rf"\({N}, {C - 1}\) in logits_p", "in logits_q$"),
+        ("row", floats(C), ValueError, "same shape", rf"\({C},\) in logits_p", "in logits_q$"),
+    )
+    return scores + axis_rows(function, "logits_q") + divergence_rows(function)
+
+
+def linear_divergence_rows(function):
+    rows = divergence_rows(function) + sweep_rows(function)
+    for of, features in (("_p", F), ("_q", F + 1)):
+        rows += scores_rows(function, "hidden" + of) + scores_rows(function, "kernel" + of)
+        rows += rows_of(
+            function,
+            "kernel" + of,
+            ("vector", floats(F), ValueError, f"kernel{of} must have two axes", rf"got shape \({F},\)"),
+            ("features", floats(9, C), ValueError, f"hidden{of} and kernel{of}", rf"got {features} .* 9 in kernel{of}"),
+            ("vocab-first", floats(C, features), ValueError, "number of features", "pass vocab_axis=0$"),
+            ("classes", floats(features, C + 1), ValueError, "same vocabulary", "may be a pair"),
+        )
+        rows += rows_of(
+            function,
+            "bias" + of,
+            ("int", ints(C), TypeError, "must be floating point", "got int32", "astype"),
+            ("short", floats(C - 1), ValueError, "one entry per class", rf"\({C},\)", rf"got \({C - 1},\)"),
+        )
+    return (
+        rows
+        + rows_of(
+            function,
+            "hidden_p",
+            ("positions", floats(N + 1, F), ValueError, "same leading shape", rf"\({N + 1}, {F}\) in hidden_p"),
+        )
+        + rows_of(
+            function,
+            "vocab_axis",
+            ("too-large", 2, ValueError, "must be -1 or 0", "got 2"),
+            ("three", (0, 0, 0), ValueError, "one integer, or a pair for P and Q", r"got \(0, 0, 0\)"),
+            ("float-inside", (0.0, -1), TypeError, "must be a Python integer", "got 0.0"),
+            ("array", jnp.int32(0), TypeError, "must be a Python integer", "got ", STATIC),
         )
     )
 
@@ -435,8 +522,12 @@ def mesh_axis_rows(function, *arguments):
 ROWS = [row for function in SOFTMAXES for row in softmax_rows(function)]
 ROWS += [row for function, name in LOSSES.items() for row in loss_rows(function, name)]
 ROWS += cross_entropy_rows("cross_entropy") + linear_rows() + next_token_rows()
+# The others of each pair take the same arguments, in the same code, but for `beta`.
+ROWS += logits_divergence_rows("kl_divergence") + beta_rows("js_divergence")
+ROWS += linear_divergence_rows("linear_kl_divergence") + beta_rows("linear_js_divergence")
 ROWS += [row for function in SOFTMAXES for row in mesh_axis_rows(function, "axis_name")]
-ROWS += [row for function in (*LOSSES, LINEAR) for row in mesh_axis_rows(function, "axis_name", "batch_axis_name")]
+MEAN_TAKERS = (*LOSSES, LINEAR, *DIVERGENCES, *LINEAR_DIVERGENCES)
+ROWS += [row for function in MEAN_TAKERS for row in mesh_axis_rows(function, "axis_name", "batch_axis_name")]
 
 
 def rows(**keywords):
@@ -487,13 +578,13 @@ def test_raises(row, how):
     assert_says(row, str(raised.value))
 
 
-@pytest.mark.parametrize("function", [*SOFTMAXES, *LOSSES, LINEAR, "next_token_labels"])
+@pytest.mark.parametrize("function", [*SOFTMAXES, *MEAN_TAKERS, "next_token_labels"])
 def test_good_call_raises_nothing(function):
     """The rows change one argument of this call, so what they raise comes from that one."""
     getattr(jxent, function)(**good(function))
 
 
-@pytest.mark.parametrize("function", [*SOFTMAXES, *LOSSES, LINEAR, "next_token_labels"])
+@pytest.mark.parametrize("function", [*SOFTMAXES, *MEAN_TAKERS, "next_token_labels"])
 def test_options_are_keyword_only(function):
     arrays = list(good(function).values())
     extra = {"logsumexp": [1], "softmax": [1], "log_softmax": [1]}.get(function, [])
@@ -514,6 +605,8 @@ NAMES = {
     "log_softmax": {"dim": "axis", "input": "logits"},
     "logsumexp": {"keepdim": "keepdims"},
     "next_token_labels": {"input": "tokens", "pad_token_id": "ignore_index"},
+    "kl_divergence": {"teacher_logits": "logits_p", "student_logits": "logits_q", "tau": "temperature", "dim": "axis"},
+    "linear_js_divergence": {"teacher_weight": "kernel_p", "student_input": "hidden_q", "student_bias": "bias_q"},
 }
 
 

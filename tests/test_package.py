@@ -78,6 +78,7 @@ BELOW = {  # what each part of the package may import besides itself; the public
     "_sweep": {"_core"},
     "_mesh": {"_core", "_sweep"},
     "_linear_rules": {"_core", "_sweep", "_mesh"},
+    "_linear_loss": {"_core", "_sweep", "_linear_rules", "_loss"},
     "_loss": {"_core"},
 }
 
@@ -101,6 +102,10 @@ def test_import_touches_no_device():
 
 ONES, LABELS = np.ones((2, 3), np.float32), np.ones(2, np.int32)
 CALLS = {
+    "js_divergence": (ONES, ONES),
+    "kl_divergence": (ONES, ONES),
+    "linear_js_divergence": (ONES, ONES.T, ONES, ONES.T),
+    "linear_kl_divergence": (ONES, ONES.T, ONES, ONES.T),
     "cross_entropy": (ONES, LABELS),
     "linear_cross_entropy": (ONES, ONES.T, LABELS),
     "log_softmax": (ONES,),

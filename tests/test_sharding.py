@@ -51,6 +51,13 @@ ARRAYS = {
     "class_weight": RNG.uniform(0.5, 2, VOCAB),
     "sample_weight": RNG.uniform(0.5, 2, (BATCH, LENGTH)),
 }
+ARRAYS |= {
+    "hidden_p": RNG.normal(size=(BATCH, LENGTH, 16)),
+    "kernel_p": 0.5 * RNG.normal(size=(VOCAB, 16)),  # the other layout
+    "bias_p": RNG.normal(size=VOCAB),
+    "temperature": np.array(1.5),
+}
+ARRAYS["logits_p"] = ARRAYS["hidden_p"] @ ARRAYS["kernel_p"].T
 COTANGENTS = RNG.normal(size=(BATCH, LENGTH))
 SMOOTH = {"label_smoothing": 0.1, "z_loss_weight": 0.01, "logit_softcap": 6.0}
 
@@ -80,9 +87,23 @@ def of_log_probs(log_probs, labels, class_weight, **options):
     return jxent.nll_loss(log_probs, labels, class_weight=class_weight, **options)
 
 
+def divergence(function, logits_p, logits, temperature, sample_weight, **options):
+    return function(logits_p, logits, temperature=temperature, sample_weight=sample_weight, **options)
+
+
+def linear_divergence(
+    function, hidden_p, kernel_p, hidden, kernel, bias_p, bias, temperature, sample_weight, **options
+):
+    given = {"bias_p": bias_p, "bias_q": bias, "temperature": temperature, "sample_weight": sample_weight}
+    layout = {"vocab_axis": (0, -1), "block_size": BLOCK}
+    return function(hidden_p, kernel_p, hidden, kernel, **given, **layout, **options)
+
+
 # name: (loss, its arguments' names, options); a loss of each position is weighed with the cotangents
 LOGITS = ("logits", "labels", "class_weight", "sample_weight")
 LINEAR = ("hidden", "kernel", "labels", "bias", "class_weight", "sample_weight")
+PAIR = ("logits_p", "logits", "temperature", "sample_weight")
+LINEAR_PAIR = ("hidden_p", "kernel_p", "hidden", "kernel", "bias_p", "bias", *PAIR[2:])
 CALLS = {
     "cross_entropy": (logits_loss, LOGITS[:2], {}),
     "cross_entropy-all": (logits_loss, LOGITS, SMOOTH),
@@ -99,7 +120,12 @@ CALLS = {
     "linear-none": (linear_loss, LINEAR, {"reduction": "none", **SMOOTH}),
     "linear-stats": (partial(with_stats, linear_loss), LINEAR, SMOOTH),
     "linear-none-stats": (partial(with_stats, linear_loss), LINEAR, {"reduction": "none", **SMOOTH}),
+    "kl": (partial(divergence, jxent.kl_divergence), PAIR, {}),
+    "js-none": (partial(divergence, jxent.js_divergence), PAIR, {"beta": 0.3, "reduction": "none"}),
+    "linear-kl": (partial(linear_divergence, jxent.linear_kl_divergence), LINEAR_PAIR, {}),
+    "linear-js-none": (partial(linear_divergence, jxent.linear_js_divergence), LINEAR_PAIR, {"reduction": "none"}),
 }
+DIVERGENCES = ("kl", "js-none", "linear-kl", "linear-js-none")
 # Not a loss: their cotangent is of the logits' shape.
 SOFTMAXES = {"softmax": jxent.softmax, "log_softmax": jxent.log_softmax}
 
@@ -194,6 +220,8 @@ def specs_of(layout):
     return {
         **{"hidden": hidden, "kernel": kernel, "labels": positions, "sample_weight": positions},
         **{"logits": logits, "probabilities": logits, "bias": P(vocab), "class_weight": P(vocab)},
+        **{"hidden_p": hidden, "kernel_p": P(*kernel[::-1], *[None] * (2 - len(kernel))), "bias_p": P(vocab)},
+        **{"logits_p": logits, "temperature": P()},
     }
 
 
@@ -254,11 +282,14 @@ def test_linear_under_jit(expected, name, layout, mode):
     assert_nothing_else_moves(program.as_text(), layout)
 
 
-@pytest.mark.covering
-@pytest.mark.parametrize(
-    "layout",
-    ["batch, sequence, vocabulary", "FSDP and vocabulary", "FSDP of the vocabulary", "vocabulary, then FSDP of it"],
+NAMED_LAYOUTS = (
+    *("batch, sequence, vocabulary", "FSDP and vocabulary"),
+    *("FSDP of the vocabulary", "vocabulary, then FSDP of it"),
 )
+
+
+@pytest.mark.covering
+@pytest.mark.parametrize("layout", NAMED_LAYOUTS)
 @pytest.mark.parametrize("name", ["linear-all", "linear-probabilities", "linear-recompute", "linear-none"])
 def test_linear_with_named_axes(expected, name, layout):
     """XLA:CPU sums gradients where others scatter them: tests/test_tpu_compiler.py looks at that."""
@@ -267,6 +298,27 @@ def test_linear_with_named_axes(expected, name, layout):
     found = numbers_alone_in_the_loop(program.as_text(), layout)
     gathered = sum(c.size for c in found if c.kind == "all-gather" and c.size >= KERNEL.size // 8)
     assert gathered <= sum(size for kind, size in MOVED.get(layout, []) if kind == "all-gather")
+
+
+@pytest.mark.covering(
+    "linear-kl-FSDP and vocabulary-Auto",
+    "linear-kl-vocabulary, then FSDP of it-Explicit",
+    "linear-js-none-FSDP of the vocabulary, and it-Auto",
+    "linear-js-none-batch, sequence, vocabulary-Named",
+)
+@pytest.mark.parametrize(
+    ("layout", "mode"),
+    [*itertools.product(LAYOUTS, ("Auto", "Explicit")), *itertools.product(NAMED_LAYOUTS, ("Named",))],
+)
+@pytest.mark.parametrize("name", ["linear-kl", "linear-js-none"])
+def test_linear_divergences_under_jit(expected, name, layout, mode):
+    """In the loop no more moves than for one side."""
+    (value, grads), program, arrays = run(name, layout, mode)
+    assert_equal((value, grads), expected[name])
+    for i, grad in zip(value_and_grad(name)[1], grads, strict=True):
+        if mode != "Named" and CALLS[name][1][i - 1].startswith(("hidden", "kernel")):
+            assert grad.sharding.is_equivalent_to(arrays[i].sharding, grad.ndim)
+    numbers_alone_in_the_loop(program.as_text(), layout)
 
 
 def assert_nothing_else_moves(text, layout):
@@ -572,6 +624,7 @@ def test_contexts_of_the_trace(mode):
 SPECS = {
     **{"logits": P(None, None, "vocab"), "probabilities": P(None, None, "vocab"), "kernel": P(None, "vocab")},
     **{"bias": P("vocab"), "class_weight": P("vocab")},  # what has no classes is the same on every shard
+    **{"logits_p": P(None, None, "vocab"), "kernel_p": P("vocab"), "bias_p": P("vocab")},
 }
 
 
@@ -906,8 +959,9 @@ def along(name, second, f=None, **more):
 MOVING = (
     *("cross_entropy", "cross_entropy-all", "cross_entropy-probabilities", "nll_loss-probabilities"),
     *("linear-all", "linear-probabilities", "linear-none"),
+    *DIVERGENCES,
 )
-SECOND = ("cross_entropy-probabilities", "linear-none")
+SECOND = ("cross_entropy-probabilities", "linear-none", "js-none", "linear-kl")
 
 
 @pytest.mark.covering("linear-none-Auto", "cross_entropy-probabilities-Explicit")
@@ -926,8 +980,9 @@ def test_forward_mode_under_jit(name, mode):
     if "linear" in name:
         found = numbers_alone_in_the_loop(text, layout)
         gathered = sum(c.size for c in found if c.kind == "all-gather" and c.size >= KERNEL.size // 8)
-        # The kernel and its tangent.
-        assert gathered <= 2 * sum(size for kind, size in MOVED.get(layout, []) if kind == "all-gather")
+        # The kernel and its tangent, of one side or of two.
+        times = 4 if name in DIVERGENCES else 2
+        assert gathered <= times * sum(size for kind, size in MOVED.get(layout, []) if kind == "all-gather")
         assert all(c.size <= POSITIONS for c in found if c.kind != "all-gather")
     else:
         assert all(c.size <= POSITIONS * 8 for c in collectives(text))

@@ -34,7 +34,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jxent._core import terms
-from jxent._core.passes import Arrays, Passes, apart
+from jxent._core.passes import Arrays, Passes, apart, given
 from jxent._core.shards import largest
 
 
@@ -114,11 +114,11 @@ class Pair:
 
     @cached_property
     def log_p(self) -> Array:
-        return self.scaled(self.unscaled_p) - self.rows.log_z_p
+        return self.scaled(self.unscaled_p) - given(self.rows.log_z_p)
 
     @cached_property
     def log_q(self) -> Array:
-        return self.scaled(self.unscaled_q) - self.rows.log_z_q
+        return self.scaled(self.unscaled_q) - given(self.rows.log_z_q)
 
     @cached_property
     def p(self) -> Array:
@@ -131,7 +131,7 @@ class Pair:
     @cached_property
     def log_ratio(self) -> Array:
         """u = log q - log p."""
-        return self.distance - self.rows.log_z_ratio
+        return self.distance - given(self.rows.log_z_ratio)
 
     @cached_property
     def top_of_p(self) -> Array:
@@ -229,11 +229,11 @@ class JensenShannon(Divergence):
         return of_p, mean(lambda c: c.q, lambda c: c.top_of_q, self._relative_q)
 
     def _relative_p(self, c: Pair, distance):
-        u, u_of_top = (d - c.rows.log_z_ratio for d in (c.mild_distance, distance))
+        u, u_of_top = (d - given(c.rows.log_z_ratio) for d in (c.mild_distance, distance))
         return terms.log_mixed_step(u, u_of_top, distance - c.mild_distance, 1 - self.beta, c.unit)
 
     def _relative_q(self, c: Pair, distance):
-        u, u_of_top = (d - c.rows.log_z_ratio for d in (c.mild_distance, distance))
+        u, u_of_top = (d - given(c.rows.log_z_ratio) for d in (c.mild_distance, distance))
         return terms.log_mixed_step(-u, -u_of_top, c.mild_distance - distance, self.beta, c.unit)
 
     def to_p(self, c, rows):
@@ -327,10 +327,10 @@ def _as_row(scale, inputs):
 
 
 def _rows(residuals):
-    inputs, top_p, top_q, *rest = residuals
+    inputs, top_p, top_q, log_z_p, log_z_q, log_z_ratio = residuals
     top_distance = top_q - top_p, terms.lost_by_difference(top_q, top_p)
     scale = None if inputs.scale is None else _as_row(inputs.scale, inputs)
-    return Rows(inputs.labels, top_p, top_q, top_distance, *rest, scale)
+    return Rows(inputs.labels, top_p, top_q, top_distance, log_z_p, log_z_q, log_z_ratio, scale)
 
 
 def _with_distance(form, passes, rows):

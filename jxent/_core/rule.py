@@ -1,7 +1,7 @@
 """The rule of the costs: their values forwards, their gradients backwards, and what is kept in between."""
 
 from functools import partial, reduce
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,7 @@ def _costs(form: Form, inputs: CostInputs) -> tuple[dict[str, Array], Array | No
     return each_shards_own(costs_fwd(form, False, inputs)[0], form.shards, inputs.first)
 
 
-def costs_fwd(form, room, inputs):
+def costs_fwd(form, room, inputs) -> tuple[Any, Any]:
     """The forward rule; with `room` for an array of the logits' size, exponentials are kept."""
     if form.divergence is not None:
         divergence, residuals = divergences.forward(form, inputs)

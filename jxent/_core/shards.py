@@ -114,7 +114,7 @@ def cast(array, axes):
     return lax.pcast(array, missing, to="varying") if missing else array
 
 
-def cast_alike(shards, labels, of_classes, of_positions):
+def cast_alike(shards, labels, of_classes, of_positions) -> tuple[typing.Any, typing.Any, typing.Any]:
     """(`labels`, `of_classes`, `of_positions`), all cast to vary along the axes along which any of them varies.
 
     Arrays with one entry for each position, such as class indices, stay the same on every shard of the classes.

@@ -268,12 +268,13 @@ def inner_share(function, name, value) -> float:
     """A Python number between 0 and 1."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{function}: {name} must be a Python number, got {shown(value)}")
+    value = float(value)
     if not 0 < value < 1:
         raise ValueError(
             f"{function}: {name} must lie between 0 and 1, got {value}; the divergence is 0 at either end: take "
             f"{function.replace('js', 'kl')}, in one order or the other"
         )
-    return float(value)
+    return value
 
 
 def same_shape(function, name, value, other_name, other):

@@ -13,7 +13,6 @@ from jxent._core.labels import by_index
 from jxent._core.rule import largest_class
 from jxent._core.shards import cast_alike, sharded_like
 from jxent._core.weights import only, weigh
-from jxent._loss.options import Weights
 from jxent._loss.placement import CLASSES, placed
 from jxent._loss.positions import coefficients_of, denominator, positions_of, reduced
 from jxent._loss.reports import report_labels, report_values
@@ -59,7 +58,8 @@ def label_dimensions(labels, positions, of_logits):
 
 def weight_dimensions(weights, positions):
     scalars = jax.tree.map(lambda _: (), weights.scalars)
-    return Weights((CLASSES,), positions, positions, scalars, ())
+    dimensions = {"class_weight": (CLASSES,), "sample_weight": positions, "where": positions, "scale": ()}
+    return weights._replace(scalars=scalars, **dimensions)
 
 
 @partial(jax.jit, static_argnums=(0, 1))

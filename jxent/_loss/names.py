@@ -44,6 +44,16 @@ ELSEWHERE = {
     "z_loss": (("z_loss_weight",), ""),
     "lse_square_scale": (("z_loss_weight",), ""),
     "softcap": (("logit_softcap",), ""),
+    # distillation
+    "teacher_logits": (("logits_p",), "the reverse divergence has the teacher second"),
+    "student_logits": (("logits_q",), "the reverse divergence has the student first"),
+    "teacher_input": (("hidden_p",), ""),
+    "teacher_weight": (("kernel_p",), LAYOUT),
+    "teacher_bias": (("bias_p",), ""),
+    "student_input": (("hidden_q",), ""),
+    "student_weight": (("kernel_q",), LAYOUT),
+    "student_bias": (("bias_q",), ""),
+    "tau": (("temperature",), ""),
 }
 """Name elsewhere -> (the names that it may have here, of which a function has at most one; a remark)."""
 

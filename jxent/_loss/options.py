@@ -34,6 +34,9 @@ class Weights(NamedTuple):
     scale: Array | None = None  # of shape (), see `CostInputs`
 
 
+NOT_TRACED = Scalars._make(None for _ in Scalars._fields)
+
+
 def options_of(names, axis, labels, over: Over, scalars, ignore_index, reduction, softcap=None, return_stats=False):
     """(`Options`, the `Scalars` that are traced). `scalars` are as of `checks`."""
     function, argument = names
@@ -49,7 +52,8 @@ def options_of(names, axis, labels, over: Over, scalars, ignore_index, reduction
 def divergence_options(names, axis, over: Over, divergence, reduction):
     """`Options` of a divergence."""
     form = Form(axis, None, ("divergence",), False, over.shards, divergence)
-    return Options(*names, form, Scalars(), None, checks.reduction(names[0], reduction), over.batch)
+    function, argument = names
+    return Options(function, argument, form, Scalars(), None, checks.reduction(function, reduction), over.batch)
 
 
 def divergence_weights(function, temperature, sample_weight, where, logits, axis, *others):
@@ -57,11 +61,11 @@ def divergence_weights(function, temperature, sample_weight, where, logits, axis
     temperature = checks.scalar(function, "temperature", temperature, 0, math.inf, positive=True)
     _, sample_weight, where = checks.weights(function, None, sample_weight, where, logits, axis)
     scale = None
-    if not isinstance(temperature, float):
+    if isinstance(temperature, Array):
         scale = 1 / temperature.astype(compute_dtype(temperature.dtype))
     elif temperature != 1:
         scale = jnp.asarray(1 / temperature, compute_dtype(logits.dtype, *(other.dtype for other in others)))
-    return Weights(None, sample_weight, where, Scalars(None, None), scale)
+    return Weights(None, sample_weight, where, NOT_TRACED, scale)
 
 
 def scalars_of(options, weights):

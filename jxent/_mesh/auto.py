@@ -20,7 +20,7 @@ from jxent._core.config import traced_config
 from jxent._core.forward_mode import jvp_of_moving, linear
 from jxent._core.shards import mesh_in_use
 from jxent._mesh.device import all_dimensions, on_each_device
-from jxent._mesh.layout import is_dimensions, layout
+from jxent._mesh.layout import argument_dimension, is_dimensions, layout
 from jxent._sweep.sweep import Sweep, swept
 
 # The sweep as a primitive, because `custom_partitioning` has no rules for derivatives and `vmap`: these take the plain
@@ -104,7 +104,7 @@ def _partitioned(*arrays, static, names):
 
     def rule(arrays):
         # To the compiler the kernel's gradient is sharded as the kernel is.
-        return ", ".join(" ".join(name.removeprefix("d") for name in array) for array in arrays)
+        return ", ".join(" ".join(map(argument_dimension, array)) for array in arrays)
 
     f = custom_partitioning(lambda arrays: _plain(*arrays, static=static))
     f.def_partition(

@@ -49,6 +49,11 @@ def _end_of_p(name):
     return "d" + name.removesuffix("p") + "p"
 
 
+def argument_dimension(name):
+    """The dimension of an argument to which that of a gradient belongs; any other is one of an argument."""
+    return "v" if name == "dvp" else name.removeprefix("d")
+
+
 def is_dimensions(value):
     return type(value) is tuple and all(isinstance(name, str) for name in value)
 

@@ -92,11 +92,12 @@ class _Layer(NamedTuple):
 def _layers(sweep, inputs, row_keep):
     """(the `_Layer` of the logits, that of P in a divergence or None)."""
     # Selected before the matmul, because in the kernel's gradient 0 * NaN would be NaN.
-    of_q = _Layer(*operands_of_block(only(row_keep, inputs.hidden), inputs.kernel), sweep.vocab_axis, "")
+    hidden, kernel = operands_of_block(only(row_keep, inputs.hidden), inputs.kernel)
+    of_q = _Layer(hidden, kernel, sweep.vocab_axis, "")
     if inputs.hidden_p is None:
         return of_q, None
-    operands = operands_of_block(only(row_keep, inputs.hidden_p), inputs.kernel_p)
-    return of_q, _Layer(*operands, sweep.vocab_axis_p, "_p")
+    hidden, kernel = operands_of_block(only(row_keep, inputs.hidden_p), inputs.kernel_p)
+    return of_q, _Layer(hidden, kernel, sweep.vocab_axis_p, "_p")
 
 
 def _block(sweep, asked, cpu, inputs, coefficients):

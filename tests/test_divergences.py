@@ -1,0 +1,377 @@
+"""Divergences: their definitions with 50 digits, plain formulas in float64, masks, and the linear forms' programs."""
+
+import itertools
+import re
+from functools import partial
+
+import chex
+import jax
+import jax.numpy as jnp
+import mpmath
+import numpy as np
+import pytest
+import reference
+from compiling import optimized
+from grids import short
+from jax.experimental import checkify
+
+import jxent
+
+C = 60
+BETAS = (None, 0.5, 0.1, 0.9)  # None is the Kullback-Leibler divergence
+
+
+def logits_divergence(beta, module=jxent):
+    return module.kl_divergence if beta is None else partial(module.js_divergence, beta=beta)
+
+
+def linear_divergence(beta):
+    return jxent.linear_kl_divergence if beta is None else partial(jxent.linear_js_divergence, beta=beta)
+
+
+# --- exactness --------------------------------------------------------------------------------------------------------
+
+
+@mpmath.workdps(60)
+def defined(x_p, x_q, temperature, beta):
+    """(the divergence, its gradients by both logits), of one row, by the definition; a logit of -inf is no class."""
+
+    def log_softmax(x):
+        scaled = [mpmath.mpf(float(v)) / temperature for v in x]
+        log_z = mpmath.log(mpmath.fsum(map(mpmath.exp, scaled)))
+        return [v - log_z for v in scaled]
+
+    def relative(log_a, log_b):
+        """KL(A || B), and its gradient by the logits of A."""
+        terms = [
+            (mpmath.exp(a), a - b if a > -mpmath.inf else mpmath.mpf(0)) for a, b in zip(log_a, log_b, strict=True)
+        ]
+        mean = mpmath.fsum(a * term for a, term in terms)
+        return mean, [a * (term - mean) / temperature for a, term in terms]
+
+    log_p, log_q = log_softmax(x_p), log_softmax(x_q)
+    if beta is None:
+        value, to_p = relative(log_p, log_q)
+        return value, to_p, [(mpmath.exp(b) - mpmath.exp(a)) / temperature for a, b in zip(log_p, log_q, strict=True)]
+    beta = mpmath.mpf(beta)
+    mixed = [beta * mpmath.exp(a) + (1 - beta) * mpmath.exp(b) for a, b in zip(log_p, log_q, strict=True)]
+    log_m = [mpmath.log(m) if m else -mpmath.inf for m in mixed]
+    (of_p, to_p), (of_q, to_q) = relative(log_p, log_m), relative(log_q, log_m)
+    return beta * of_p + (1 - beta) * of_q, [beta * g for g in to_p], [(1 - beta) * g for g in to_q]
+
+
+@pytest.mark.parametrize("temperature", short((1.0, 1.25, 4.0), 1.0, 4.0))
+@pytest.mark.parametrize("beta", BETAS)
+def test_against_50_digits(beta, temperature):
+    """At any margin and offset, from rows that have little in common to rows that nearly agree."""
+    rng = np.random.default_rng(0)
+    grid = [*itertools.product((0, 20, 60), (0, 1e4, -300), (30, 3, 1, 0.1, 1e-2, 1e-4, 1e-6))]
+    x_p = (3 * rng.normal(size=(len(grid), C))).astype(np.float32)
+    margins, offsets, noises = (np.float32(column) for column in zip(*grid, strict=True))
+    x_p[:, 5] += margins
+    x_q = (x_p + noises[:, None] * rng.normal(size=x_p.shape)).astype(np.float32) + offsets[:, None]
+    function = partial(logits_divergence(beta), temperature=temperature, reduction="none")
+    value, pull = optimized(lambda *x: jax.vjp(function, *x))(x_p, x_q)
+    to_p, to_q = pull(jnp.ones_like(value))
+    assert (value >= 0).all()
+    for i in range(len(grid)):
+        wanted = [np.array(a, float) for a in defined(x_p[i], x_q[i], temperature, beta)]
+        for found, want in zip((value[i], to_p[i], to_q[i]), wanted, strict=True):
+            if np.abs(want).max() > 1e-30:  # what the terms underflow on is left out
+                error = np.abs(np.asarray(found, float) - want).max() / np.abs(want).max()
+                assert error < 5e-6, (grid[i], want)
+
+
+def test_the_textbook_formula_loses_what_is_kept():
+    """The formula that others have: off by a thousandth for a noise of 0.03, and by a factor of some 50 at 1e-4."""
+    rng = np.random.default_rng(1)
+    x_p = (3 * rng.normal(size=(20, 1000))).astype(np.float32)
+    for noise, least in ((0.03, 1e-4), (1e-4, 1.0)):
+        x_q = (x_p + noise * rng.normal(size=x_p.shape)).astype(np.float32)
+        exact = np.array([float(defined(p, q, 1.0, None)[0]) for p, q in zip(x_p[:2], x_q[:2], strict=True)])
+        options = {"reduction": "none"}
+        textbook = optimized(partial(reference.kl_divergence, **options))(x_p[:2], x_q[:2])
+        ours = optimized(partial(jxent.kl_divergence, **options))(x_p[:2], x_q[:2])
+        assert np.abs(textbook / exact - 1).max() > least
+        assert np.abs(ours / exact - 1).max() < 5e-6
+
+
+@pytest.mark.parametrize("beta", BETAS[:3])
+def test_equal_rows(beta):
+    """0, with gradients of 0, in any dtype and for any logits."""
+    for dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
+        x = jnp.asarray(np.random.default_rng(2).normal(size=(4, 9)) * 8 + 20, dtype)
+        value, grads = jax.value_and_grad(logits_divergence(beta), (0, 1))(x, x)
+        assert value == 0
+        assert value.dtype == jnp.float32
+        assert not any(map(np.any, grads))
+        assert [g.dtype for g in grads] == [dtype] * 2
+
+
+# --- against plain formulas -------------------------------------------------------------------------------------------
+
+SHAPE = (3, 4)
+RNG = np.random.default_rng(3)
+LOGITS = tuple(2 * RNG.normal(size=(*SHAPE, 7)) for _ in range(2))
+WEIGHT, WHERE = RNG.uniform(0.5, 2, SHAPE), RNG.random(SHAPE) < 0.7
+LAYERS = {
+    "hidden_p": RNG.normal(size=(*SHAPE, 5)),
+    "kernel_p": RNG.normal(size=(5, 11)),
+    "hidden_q": RNG.normal(size=(*SHAPE, 3)),
+    "kernel_q": RNG.normal(size=(11, 3)),
+    "bias_p": RNG.normal(size=11),
+    "bias_q": RNG.normal(size=11),
+    "temperature": np.array(1.3),
+    "sample_weight": WEIGHT,
+}
+
+
+def derivative(f, modes):
+    """The function of several arrays, differentiated once for each letter: "f" forwards, along cosines; "r" back."""
+    for mode in modes:
+        if mode == "f":
+            f = partial(lambda f, *at: jax.jvp(f, at, tuple(jnp.cos(3 * a) for a in at))[1], f)
+        else:
+            f = partial(_pulled, f)
+    return f
+
+
+def _pulled(f, *at):
+    out, pull = jax.vjp(f, *at)
+    return pull(jax.tree.map(lambda a: jnp.cos(a) + jnp.arange(a.size).reshape(a.shape), out))
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.covering("None-mean-rf")
+@pytest.mark.parametrize("modes", ["", "r", "f", "rr", "rf", "fr", "ff"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("beta", [None, 0.3])
+def test_derivatives(beta, reduction, modes):
+    def f(module, p, q, temperature, weight):
+        options = {"temperature": temperature, "sample_weight": weight, "where": WHERE, "reduction": reduction}
+        return logits_divergence(beta, module)(p, q, **options)
+
+    at = (*map(jnp.asarray, LOGITS), jnp.array(1.7), jnp.asarray(WEIGHT))
+    found, wanted = (derivative(partial(f, module), modes)(*at) for module in (jxent, reference))
+    chex.assert_trees_all_close(found, wanted, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("beta", [None, 0.3])
+def test_hessian_of_equal_rows(beta):
+    """Nothing here may be differentiated as if the absolute value of a difference had a slope of 0 at 0."""
+    at, options = (jnp.asarray(LOGITS[0]),) * 2, {"temperature": 1.7}
+    found, wanted = (
+        jax.hessian(partial(logits_divergence(beta, module), **options), (0, 1))(*at) for module in (jxent, reference)
+    )
+    chex.assert_trees_all_close(found, wanted, rtol=1e-10, atol=1e-12)
+
+
+def linear(beta, options, arrays):
+    arrays = dict(arrays)
+    first = [arrays.pop(name) for name in ("hidden_p", "kernel_p", "hidden_q", "kernel_q")]
+    return linear_divergence(beta)(*first, **arrays, vocab_axis=(-1, 0), where=WHERE, **options)
+
+
+def plain(beta, reduction, arrays):
+    p = arrays["hidden_p"] @ arrays["kernel_p"] + arrays["bias_p"]
+    q = arrays["hidden_q"] @ arrays["kernel_q"].T + arrays["bias_q"]
+    options = {name: arrays[name] for name in ("temperature", "sample_weight")}
+    return logits_divergence(beta, reference)(p, q, where=WHERE, reduction=reduction, **options)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.covering("rr-None-True-mean-None")
+@pytest.mark.parametrize("beta", [None, 0.3])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("block_size", [None, 5])
+@pytest.mark.parametrize("modes", ["", "r", "f", "rr", "rf", "fr", "ff"])
+def test_linear(modes, block_size, recompute, reduction, beta):
+    """The value and the derivatives by all eight arrays, of both sides, whatever the blocks."""
+    options = {"block_size": block_size, "recompute": recompute, "reduction": reduction}
+    names, at = tuple(LAYERS), tuple(map(jnp.asarray, LAYERS.values()))
+    found = derivative(lambda *at: linear(beta, options, dict(zip(names, at, strict=True))), modes)(*at)
+    wanted = derivative(lambda *at: plain(beta, reduction, dict(zip(names, at, strict=True))), modes)(*at)
+    chex.assert_trees_all_close(found, wanted, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtypes", [("bfloat16", "float32"), ("float16", "float16"), ("float32", "bfloat16")])
+def test_dtypes_of_the_sides(dtypes):
+    """Each side multiplies in its own dtype; gradients come back in that of their argument."""
+    sides = zip(("_p", "_q"), dtypes, strict=True)
+    p, q = ([LAYERS[name + of].astype(dtype) for name in ("hidden", "kernel")] for of, dtype in sides)
+    f = partial(jxent.linear_kl_divergence, vocab_axis=(-1, 0), block_size=5)
+    value, grads = jax.jit(jax.value_and_grad(f, (0, 1, 2, 3)))(*p, *q)
+    assert value.dtype == jnp.float32
+    assert [g.dtype for g in grads] == [jnp.dtype(dtypes[0])] * 2 + [jnp.dtype(dtypes[1])] * 2
+    wide = jax.value_and_grad(f, (0, 1, 2, 3))(*(a.astype(jnp.float32) for a in (*p, *q)))
+    for found, wanted in zip(jax.tree.leaves((value, grads)), jax.tree.leaves(wide), strict=True):
+        np.testing.assert_allclose(found.astype(jnp.float32), wanted, atol=3e-2 * np.abs(wanted).max())
+
+
+def test_other_layouts():
+    """A class axis in front, one row alone, and weights that broadcast."""
+    p, q = (x.astype(np.float32) for x in LOGITS)
+    found = jxent.kl_divergence(np.moveaxis(p, -1, 1), np.moveaxis(q, -1, 1), axis=1, reduction="none")
+    np.testing.assert_allclose(found, reference.kl_divergence(p, q, reduction="none"), rtol=1e-5)
+    np.testing.assert_allclose(jxent.js_divergence(p[0, 0], q[0, 0]), reference.js_divergence(p[0, 0], q[0, 0]), 1e-5)
+    weighed = jxent.kl_divergence(p, q, sample_weight=np.float32([1, 2, 0, 1]))
+    np.testing.assert_allclose(weighed, reference.kl_divergence(p, q, sample_weight=np.array([1.0, 2, 0, 1])), 1e-5)
+
+
+# --- masks ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("beta", [None, 0.3])
+def test_classes_that_both_mask(beta):
+    """They count for nothing, as if they were not there."""
+    p, q = (x[0].astype(np.float32) for x in LOGITS)
+    rest = np.array([0, 1, 3, 4, 6])
+    f = jax.value_and_grad(logits_divergence(beta), (0, 1))
+    masked = [np.where(np.isin(np.arange(7), rest), x, -np.inf) for x in (p, q)]
+    value, grads = f(*masked)
+    wanted, grads_wanted = f(p[:, rest], q[:, rest])
+    np.testing.assert_allclose(value, wanted, rtol=1e-6)
+    for grad, want in zip(grads, grads_wanted, strict=True):
+        np.testing.assert_allclose(grad[:, rest], want, rtol=1e-5, atol=1e-7)
+        assert not np.any(grad[:, [2, 5]])
+
+
+@pytest.mark.parametrize("beta", [None, 0.3])
+def test_classes_that_p_masks(beta):
+    p, q = (x[0].astype(np.float32) for x in LOGITS)
+    p[:, [1, 4]] = -np.inf
+    value, grads = jax.value_and_grad(partial(logits_divergence(beta), reduction="sum"), (0, 1))(p, q)
+    wanted = [defined(*rows, 1.0, beta) for rows in zip(p, q, strict=True)]
+    np.testing.assert_allclose(value, float(sum(w[0] for w in wanted)), rtol=1e-6)
+    for i, grad in enumerate(grads):
+        np.testing.assert_allclose(grad, np.array([w[1 + i] for w in wanted], float), rtol=1e-5, atol=1e-7)
+
+
+def test_a_class_that_q_masks():
+    """KL is infinite where P has the class, however rarely; gradients are finite, and push P off it. JS is finite."""
+    p, q = (x[0].astype(np.float32) for x in LOGITS)
+    p[2, 3] = -80.0  # P has it with a probability of 1e-36
+    q[:3, 3] = -np.inf
+    values = jxent.kl_divergence(p, q, reduction="none")
+    np.testing.assert_array_equal(np.isinf(values), [True, True, True, False])
+    to_p, to_q = jax.grad(partial(jxent.kl_divergence, reduction="sum"), (0, 1))(p, q)
+    assert np.isfinite(to_p).all()
+    assert np.isfinite(to_q).all()
+    assert (to_p[:2, 3] > 0).all()
+    assert not np.any(to_q[:3, 3] > 0)
+    for i in range(3):
+        value, *wanted = defined(p[i], q[i], 1.0, 0.3)
+        found, grads = jax.value_and_grad(partial(jxent.js_divergence, beta=0.3), (0, 1))(p[i], q[i])
+        np.testing.assert_allclose(found, float(value), rtol=1e-6)
+        chex.assert_tree_all_finite(grads)
+        np.testing.assert_allclose(grads[1], np.array(wanted[1], float), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("beta", [None, 0.3])
+def test_what_does_not_count(beta):
+    """It reaches nothing, whatever it holds; and where nothing counts the mean is NaN, with gradients of 0."""
+    p, q = (np.where(WHERE[..., None], x, np.nan).astype(np.float32) for x in LOGITS)
+    f = jax.value_and_grad(partial(logits_divergence(beta), where=WHERE), (0, 1))
+    value, grads = f(p, q)
+    np.testing.assert_allclose(value, logits_divergence(beta, reference)(*(x[WHERE] for x in LOGITS)), rtol=1e-5)
+    for grad in grads:
+        assert np.isfinite(grad).all()
+        assert not np.any(grad[~WHERE])
+    value, grads = jax.value_and_grad(partial(logits_divergence(beta), where=np.zeros(SHAPE, bool)), (0, 1))(p, q)
+    assert np.isnan(value)
+    assert not any(map(np.any, grads))
+    hidden_p, hidden_q = (np.where(WHERE[..., None], LAYERS[name], np.inf) for name in ("hidden_p", "hidden_q"))
+    f = jax.grad(lambda arrays: linear(beta, {"block_size": 5}, arrays))
+    arrays = {name: jnp.asarray(array, jnp.float32) for name, array in LAYERS.items()}
+    found = f(arrays | {"hidden_p": jnp.asarray(hidden_p), "hidden_q": jnp.asarray(hidden_q)})
+    chex.assert_trees_all_close(found, f(arrays), rtol=1e-5)
+
+
+# --- programs ---------------------------------------------------------------------------------------------------------
+
+
+def program(f, wrt, *shapes):
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    return optimized(jax.value_and_grad(f, wrt)).lower(*arrays).compile()
+
+
+@pytest.mark.parametrize(
+    ("beta", "wrt", "recompute", "dots", "arrays"),
+    [
+        (None, (2, 3), False, 4, 2.1),
+        (None, (2, 3), True, 6, 2.1),
+        (None, (0, 1), False, 4, 3.1),
+        (None, (0, 1, 2, 3), False, 6, 4.1),
+        (0.5, (2, 3), False, 4, 4.1),
+    ],
+)
+def test_matmuls_and_memory(beta, wrt, recompute, dots, arrays):
+    """A frozen teacher costs one matmul; what is held is blocks of logits (`arrays` of them) and the gradients."""
+    positions, vocab, features_p, features, block = 512, 8192, 32, 16, 64
+    f = partial(linear_divergence(beta), recompute=recompute, block_size=block)
+    shapes = ((positions, features_p), (features_p, vocab), (positions, features), (features, vocab))
+    compiled = program(f, wrt, *shapes)
+    assert len(re.findall(r" dot\(", compiled.as_text())) == dots
+    gradients = 4 * sum(np.prod(shapes[i]) for i in wrt)
+    assert compiled.memory_analysis().temp_size_in_bytes < arrays * 4 * block * vocab + 3 * gradients
+
+
+@pytest.mark.parametrize(("beta", "most"), [(None, 0.05), (0.5, 1.05)])
+def test_memory_of_logits(beta, most):
+    """Forwards nothing of the size of the logits, but JS the distance of the two; backwards the gradient."""
+    shape = (256, 8192)
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.float32)] * 2
+    size = 4 * np.prod(shape)
+    forward = optimized(logits_divergence(beta)).lower(*arrays).compile()
+    assert forward.memory_analysis().temp_size_in_bytes < most * size
+    backward = program(logits_divergence(beta), 1, shape, shape)
+    assert backward.memory_analysis().temp_size_in_bytes < most * size
+
+
+def test_a_frozen_side_has_no_gradient_computed():
+    """`stop_gradient` says so as well as `argnums` do."""
+    shapes = ((64, 8), (8, 256), (64, 4), (4, 256))
+
+    def f(*arrays):
+        return jxent.linear_kl_divergence(*map(jax.lax.stop_gradient, arrays[:2]), *arrays[2:], block_size=16)
+
+    assert len(re.findall(r" dot\(", program(f, (0, 1, 2, 3), *shapes).as_text())) == 4
+
+
+def test_under_transformations():
+    """`vmap` over examples, with a teacher that all share; a scan; a checkpoint."""
+    arrays = {name: jnp.asarray(array, jnp.float32) for name, array in LAYERS.items()}
+    p, q = (arrays["hidden_p"], arrays["kernel_p"]), (arrays["hidden_q"], arrays["kernel_q"])
+    f = partial(jxent.linear_kl_divergence, vocab_axis=(-1, 0), block_size=2)
+    each = jax.vmap(jax.value_and_grad(f, 3), (0, None, 0, None))(*p, *q)
+    for i in range(SHAPE[0]):
+        one = jax.value_and_grad(f, 3)(p[0][i], p[1], q[0][i], q[1])
+        chex.assert_trees_all_close(jax.tree.map(lambda a, i=i: a[i], each), one, rtol=1e-5, atol=1e-7)
+
+    def scanned(kernel):
+        def step(total, hidden):
+            return total + jax.checkpoint(f)(hidden[0], p[1], hidden[1], kernel), None
+
+        return jax.lax.scan(step, 0.0, (p[0], q[0]))[0]
+
+    total = jax.jit(jax.value_and_grad(scanned))(q[1])
+    chex.assert_trees_all_close(total, jax.tree.map(lambda a: jnp.sum(a, 0), each), rtol=1e-5, atol=1e-6)
+
+
+def test_checkify_names_what_is_not_finite():
+    p, q = (x.astype(np.float32) for x in LOGITS)
+    p[1, 2, 3], hidden = np.nan, LAYERS["hidden_q"].copy()
+    hidden[2, 1, 0] = np.inf
+    for f, arrays, says in (
+        (jxent.kl_divergence, (p, q), r"kl_divergence: logits_p has nan at \[1 2 3\]"),
+        (
+            partial(jxent.linear_js_divergence, vocab_axis=(-1, 0)),
+            (LAYERS["hidden_p"], LAYERS["kernel_p"], hidden, LAYERS["kernel_q"]),
+            r"linear_js_divergence: hidden_q has inf at \[2 1 0\]",
+        ),
+    ):
+        error, _ = jax.jit(checkify.checkify(f, errors=checkify.user_checks))(*arrays)
+        with pytest.raises(checkify.JaxRuntimeError, match=says):
+            error.throw()
