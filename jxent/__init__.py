@@ -7,6 +7,7 @@ from jxent._linear_divergences import linear_js_divergence, linear_kl_divergence
 from jxent._loss.loss import Stats
 from jxent._next_token import next_token_labels
 from jxent._nll_loss import nll_loss
+from jxent._sigmoid_cross_entropy import sigmoid_cross_entropy
 from jxent._softmax import log_softmax, logsumexp, softmax
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "logsumexp",
     "next_token_labels",
     "nll_loss",
+    "sigmoid_cross_entropy",
     "softmax",
 ]
 __version__ = "0.1.0"

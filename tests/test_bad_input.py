@@ -28,6 +28,7 @@ LOSSES = {"nll_loss": "log_probs", "cross_entropy": "logits"}
 LINEAR = "linear_cross_entropy"
 SOFTMAXES = ("logsumexp", "softmax", "log_softmax")
 DIVERGENCES = ("kl_divergence", "js_divergence")
+BINARY = "sigmoid_cross_entropy"
 LINEAR_DIVERGENCES = ("linear_kl_divergence", "linear_js_divergence")
 
 # --- the table --------------------------------------------------------------------------------------------------------
@@ -64,6 +65,8 @@ def good(function):
         return {"logits": jnp.asarray(LOGITS)}
     if function == LINEAR:
         return {"hidden": floats(N, F), "kernel": floats(F, C), "labels": jnp.asarray(LABELS, jnp.int32)}
+    if function == BINARY:
+        return {"logits": jnp.asarray(LOGITS), "labels": ints(N, C)}
     if function in DIVERGENCES:
         return {"logits_p": jnp.asarray(LOGITS), "logits_q": floats(N, C)}
     if function in LINEAR_DIVERGENCES:
@@ -188,13 +191,13 @@ def label_rows(function, name):
         ("last-layout", ints(2, 3), ValueError, index, r"got \(2, 3\)", "axis=-1"),
         **{name: floats(2, 3, C), "axis": 1},
     )
-    two_classes = r"binary problem.*logits=jnp\.stack\(\[jnp\.zeros_like\(x\), x\], -1\)"
+    binary_loss = r"binary problem.*sigmoid_cross_entropy"
     binary = rows_of(
-        function, "labels", ("binary", ints(N), ValueError, index, rf"got \({N},\)", two_classes), **{name: floats(N)}
+        function, "labels", ("binary", ints(N), ValueError, index, rf"got \({N},\)", binary_loss), **{name: floats(N)}
     ) + rows_of(
         function,
         "labels",
-        ("binary-column", ints(N, 1), ValueError, index, rf"got \({N}, 1\)", two_classes, r"x = logits\[\.\.\., 0\]"),
+        ("binary-column", ints(N, 1), ValueError, index, rf"got \({N}, 1\)", binary_loss),
         **{name: floats(N, 1)},
     )
     return flat + torch_layout + last_layout + binary
@@ -397,6 +400,44 @@ def sweep_rows(function):
     )
 
 
+def binary_rows():
+    function, positions = BINARY, rf"must broadcast to the logits, \({N}, {C}\)"
+    kind = "must be floating point, integers or booleans"
+    return (
+        scores_rows(function, "logits")
+        + reduction_rows(function)
+        + scalar_rows(function, "label_smoothing", r"must be in \[0, 1\]", (-0.1, 1.5))
+        + rows_of(
+            function,
+            "labels",
+            ("complex", jnp.ones((N, C), jnp.complex64), TypeError, kind, "got complex64"),
+            ("none", None, TypeError, "must be an array", "got None"),
+            ("indices", ints(N), ValueError, rf"\({N}, {C}\)", rf"got \({N},\)", "given by its index", "cross_entropy"),
+            ("column", ints(N, 1), ValueError, rf"\({N}, {C}\)", rf"got \({N}, 1\)", "cross_entropy"),
+            ("long", ints(N + 1, C), ValueError, rf"\({N}, {C}\)", rf"got \({N + 1}, {C}\)$"),
+        )
+        + rows_of(
+            function,
+            "pos_weight",
+            ("int", ints(C), TypeError, "must be floating point", "got int32", "astype"),
+            ("long", floats(C + 1), ValueError, positions, rf"got shape \({C + 1},\)"),
+            ("rank", floats(1, N, C), ValueError, positions, rf"got shape \(1, {N}, {C}\)"),
+        )
+        + rows_of(
+            function,
+            "sample_weight",
+            ("int", ints(N, C), TypeError, "must be floating point", "got int32", "where=", "astype"),
+            ("rows", floats(N), ValueError, "broadcast to the positions", rf"got shape \({N},\)"),
+        )
+        + rows_of(
+            function,
+            "where",
+            ("int", ints(N, C), TypeError, "must be boolean", "got int32", "mask != 0"),
+            ("rows", jnp.ones(N, bool), ValueError, "broadcast to the positions", rf"got shape \({N},\)"),
+        )
+    )
+
+
 def divergence_rows(function):
     """Of any of the four."""
     rows = position_rows(function) + reduction_rows(function)
@@ -523,6 +564,7 @@ ROWS = [row for function in SOFTMAXES for row in softmax_rows(function)]
 ROWS += [row for function, name in LOSSES.items() for row in loss_rows(function, name)]
 ROWS += cross_entropy_rows("cross_entropy") + linear_rows() + next_token_rows()
 # The others of each pair take the same arguments, in the same code, but for `beta`.
+ROWS += binary_rows()
 ROWS += logits_divergence_rows("kl_divergence") + beta_rows("js_divergence")
 ROWS += linear_divergence_rows("linear_kl_divergence") + beta_rows("linear_js_divergence")
 ROWS += [row for function in SOFTMAXES for row in mesh_axis_rows(function, "axis_name")]
@@ -578,13 +620,13 @@ def test_raises(row, how):
     assert_says(row, str(raised.value))
 
 
-@pytest.mark.parametrize("function", [*SOFTMAXES, *MEAN_TAKERS, "next_token_labels"])
+@pytest.mark.parametrize("function", [*SOFTMAXES, *MEAN_TAKERS, BINARY, "next_token_labels"])
 def test_good_call_raises_nothing(function):
     """The rows change one argument of this call, so what they raise comes from that one."""
     getattr(jxent, function)(**good(function))
 
 
-@pytest.mark.parametrize("function", [*SOFTMAXES, *MEAN_TAKERS, "next_token_labels"])
+@pytest.mark.parametrize("function", [*SOFTMAXES, *MEAN_TAKERS, BINARY, "next_token_labels"])
 def test_options_are_keyword_only(function):
     arrays = list(good(function).values())
     extra = {"logsumexp": [1], "softmax": [1], "log_softmax": [1]}.get(function, [])
@@ -605,6 +647,7 @@ NAMES = {
     "log_softmax": {"dim": "axis", "input": "logits"},
     "logsumexp": {"keepdim": "keepdims"},
     "next_token_labels": {"input": "tokens", "pad_token_id": "ignore_index"},
+    BINARY: {"input": "logits", "target": "labels", "mask": "where"},
     "kl_divergence": {"teacher_logits": "logits_p", "student_logits": "logits_q", "tau": "temperature", "dim": "axis"},
     "linear_js_divergence": {"teacher_weight": "kernel_p", "student_input": "hidden_q", "student_bias": "bias_q"},
 }

@@ -112,6 +112,7 @@ CALLS = {
     "logsumexp": (ONES,),
     "next_token_labels": (LABELS,),
     "nll_loss": (ONES, LABELS),
+    "sigmoid_cross_entropy": (ONES, ONES),
     "softmax": (ONES,),
 }
 

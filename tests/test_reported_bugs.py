@@ -376,3 +376,19 @@ def test_derivatives_of_a_confident_row_sum_to_0(margin):
     for name, got in ours.items():
         np.testing.assert_allclose(got, want, rtol=1e-13, err_msg=name)
         assert theirs[name][0] == 0, name  # all digits lost
+
+
+# https://github.com/jax-ml/jax/issues/40383, https://github.com/jax-ml/jax/issues/40385,
+# https://github.com/jax-ml/jax/issues/40387
+# The second derivatives of `jax.nn.log_sigmoid` and `softplus`, and the first of `sigmoid`, are 0 where 1 - p is
+# less than a rounding of 1.
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("label", [0.0, 1.0])
+@pytest.mark.parametrize("x", [37.42994775023705, -37.42994775023705, 40.0])
+def test_curvature_of_a_sure_yes_or_no(x, label):
+    def loss(x):
+        return jxent.sigmoid_cross_entropy(x, jnp.array(label))
+
+    e = np.exp(-abs(x))
+    for second in (jax.grad(jax.grad(loss)), jax.jacfwd(jax.grad(loss)), jax.jacfwd(jax.jacfwd(loss))):
+        np.testing.assert_allclose(second(x), e / (1 + e) ** 2, rtol=1e-12)

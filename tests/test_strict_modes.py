@@ -20,6 +20,8 @@ FLOATS = {
     "logits": (*POSITIONS, CLASSES),
     "hidden": (*POSITIONS, FEATURES),
     "kernel": (FEATURES, CLASSES),
+    "hidden_p": (*POSITIONS, 3),
+    "kernel_p": (3, CLASSES),
     "bias": (CLASSES,),
     "class_weight": (CLASSES,),
     "sample_weight": (POSITIONS[-1],),
@@ -53,6 +55,19 @@ CALLS = {
         ("bias", *WEIGHTS),
         {"block_size": 2, "reduction": "none", **ALL},
     ),
+}
+PAIR = ("hidden_p", "kernel_p", "hidden", "kernel")
+CALLS |= {
+    "sigmoid": (
+        jxent.sigmoid_cross_entropy,
+        ("logits", "q"),
+        (),
+        {"label_smoothing": 0.1, "where": RNG.random(5) < 0.8},
+    ),
+    "kl": (jxent.kl_divergence, ("logits", "q"), ("sample_weight",), {"temperature": 1.5}),
+    "js-none": (jxent.js_divergence, ("logits", "q"), (), {"reduction": "none"}),
+    "linear-kl": (jxent.linear_kl_divergence, PAIR, ("sample_weight",), {"block_size": 2, "temperature": 1.5}),
+    "linear-js-none": (jxent.linear_js_divergence, PAIR, (), {"block_size": 2, "reduction": "none"}),
 }
 MODES = {
     "strict": (partial(jax.numpy_dtype_promotion, "strict"), partial(jax.numpy_rank_promotion, "raise")),

@@ -113,6 +113,32 @@ def _product_jvp(primals, tangents):
     return product(weight, cost, unit), dweight * marginal(weight, cost, unit) + weight * dcost
 
 
+# --- of one logit alone -----------------------------------------------------------------------------------------------
+
+
+@jax.custom_jvp
+def softplus(x):
+    """log(1 + exp x)."""
+    return jnp.maximum(x, 0) + jnp.log1p(jnp.exp(-jnp.abs(x)))
+
+
+@softplus.defjvp
+def _softplus_jvp(primals, tangents):
+    return softplus(*primals), sigmoid(*primals) * tangents[0]
+
+
+@jax.custom_jvp
+def sigmoid(x):
+    """1 / (1 + exp(-x)), with the derivative sigmoid(x) sigmoid(-x): 1 - sigmoid(x) has no digits for a large x."""
+    return jnp.exp(jnp.minimum(x, 0)) / (1 + jnp.exp(-jnp.abs(x)))
+
+
+@sigmoid.defjvp
+def _sigmoid_jvp(primals, tangents):
+    (x,), (dx,) = primals, tangents
+    return sigmoid(x), sigmoid(x) * sigmoid(-x) * dx
+
+
 # --- of two distributions ---------------------------------------------------------------------------------------------
 #
 # With a = exp(log_a) and b = exp(log_b), u = log_b - log_a is given once more, exact where the two nearly agree.

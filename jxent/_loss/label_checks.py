@@ -58,9 +58,29 @@ def class_labels(function, name, logits, labels, axis) -> Array:
     return labels
 
 
+def binary_labels(function, logits, labels) -> Array:
+    """Numbers of the logits' shape; what is not floating point as it is."""
+    labels = checks.array(function, "labels", labels)
+    if labels.dtype not in checks.FLOATING and not jnp.issubdtype(labels.dtype, jnp.integer) and labels.dtype != bool:
+        raise TypeError(
+            f"{function}: labels must be floating point, integers or booleans, taken as numbers, got {labels.dtype}"
+        )
+    if labels.shape != logits.shape:
+        remedy = ""
+        if labels.shape in (logits.shape[:-1], (*logits.shape[:-1], 1)):
+            remedy = (
+                "; for one class of each row, given by its index, take cross_entropy; for one-hot labels jax.nn.one_hot"
+            )
+        raise ValueError(
+            f"{function}: labels must have the shape of logits, {logits.shape}, one yes or no for each, got "
+            f"{labels.shape}{remedy}"
+        )
+    return labels
+
+
 BINARY = (
-    "where each logit is a yes or no of its own (a binary problem), give it two classes: "
-    "logits=jnp.stack([jnp.zeros_like(x), x], -1), with labels of 0 and 1 in the shape of x"
+    "where each logit is a yes or no of its own (a binary problem), take sigmoid_cross_entropy, with labels of 0 and 1 "
+    "in the shape of logits"
 )
 
 
@@ -73,10 +93,8 @@ def _dtype_remedy(logits, labels, shape):
 
 
 def _index_remedy(logits, labels, shape, has_axis):
-    one_column = has_axis and logits.shape[-1:] == (1,) and labels.shape == logits.shape
-    if has_axis and labels.shape == logits.shape and (logits.ndim == 1 or one_column):
-        x = " (x = logits[..., 0], and labels[..., 0])" if one_column else ""
-        return f"; {BINARY}{x}; if they are one-hot, convert them with .astype(jnp.float32)"
+    if has_axis and labels.shape == logits.shape and (logits.ndim == 1 or logits.shape[-1] == 1):
+        return f"; {BINARY}; if they are one-hot, convert them with .astype(jnp.float32)"
     if labels.shape == logits.shape:
         return "; if they are one-hot, convert them with .astype(jnp.float32)"
     if has_axis and logits.ndim > 1 and labels.shape == logits.shape[:1] + logits.shape[2:]:

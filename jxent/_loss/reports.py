@@ -3,7 +3,8 @@
 The labels pass through a primitive of our own, which returns them as they are, and takes the array to be looked at
 beside them. The primitive has no effect, and the compiler never meets it. `checkify` alone, which reads a program
 before it is compiled, has a rule for it: there the array is looked at. It is the labels that pass, because they are
-small and no loss does without them: a large array that passed would be kept for the backward pass once more.
+small and no loss of classes does without them, or else the losses: a large array that passed would be kept for the
+backward pass once more.
 """
 
 from functools import partial
@@ -40,16 +41,16 @@ def report_labels(options, keep, labels, classes, axis):
     return _reported(NotOne(function, axis - labels.ndim, options.form.shards.axis_name), labels, labels, keep)
 
 
-def report_values(options, keep, labels, masked=(), **arrays):
-    """The labels. Reported are values of the arrays, given by name or as None, that are not finite.
+def report_values(options, keep, through, masked=(), **arrays):
+    """The labels, or the losses where there are none. Reported are values that are not finite.
 
-    `keep` is as for `report_labels`, or None for arrays that have no positions. In arrays named by `masked`, -inf
-    stands for a masked class.
+    They are those of the arrays, given by name or as None. `keep` is as for `report_labels`, or None for arrays that
+    have no positions. In arrays named by `masked`, -inf stands for a masked class.
     """
     for name, array in arrays.items():
         if array is not None:
-            labels = _reported(NotFinite(options.function, name, name in masked), labels, array, keep)
-    return labels
+            through = _reported(NotFinite(options.function, name, name in masked), through, array, keep)
+    return through
 
 
 # --- what is looked for -----------------------------------------------------------------------------------------------

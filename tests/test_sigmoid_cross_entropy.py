@@ -1,0 +1,203 @@
+"""`sigmoid_cross_entropy`: 50 digits for every derivative, options against plain formulas, masks, memory, meshes."""
+
+from functools import partial
+
+import chex
+import jax
+import jax.numpy as jnp
+import mpmath
+import numpy as np
+import pytest
+from compiling import optimized
+from jax.experimental import checkify
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jxent
+
+SHAPE = (4, 5)
+RNG = np.random.default_rng(5)
+LOGITS = 3 * RNG.normal(size=SHAPE)
+LABELS = RNG.uniform(size=SHAPE)
+POS_WEIGHT, SAMPLE_WEIGHT = RNG.uniform(0.5, 3, SHAPE[-1:]), RNG.uniform(0.5, 2, SHAPE)
+WHERE = RNG.random(SHAPE) < 0.7
+
+
+def plain(logits, labels, pos_weight, sample_weight, label_smoothing, *, where=True, reduction="mean"):
+    """As a textbook has it."""
+    y = (1 - label_smoothing) * labels + label_smoothing / 2
+    losses = -pos_weight * y * jax.nn.log_sigmoid(logits) - (1 - y) * jax.nn.log_sigmoid(-logits)
+    weight = jnp.where(jnp.broadcast_to(where, losses.shape), sample_weight, 0)
+    total = jnp.sum(weight * losses)
+    return {"mean": total / jnp.sum(weight), "sum": total, "none": weight * losses}[reduction]
+
+
+# --- exactness --------------------------------------------------------------------------------------------------------
+
+POINTS = (-80.0, -60.0, -30.0, -17.5, -9.0, -2.0, -1e-3, 0.0, 1e-4, 0.5, 3.0, 16.0, 20.0, 45.0, 80.0)
+
+
+@pytest.mark.parametrize("label", [0, 1])
+@pytest.mark.parametrize("modes", ["", "r", "f", "rr", "fr", "rf", "ff", "rrr", "frf"])
+def test_every_derivative_against_50_digits(modes, label):
+    """Relative to the magnitudes of its terms, in float32; jax.nn loses the second one at 17 and above."""
+    f = partial(jxent.sigmoid_cross_entropy, reduction="none")
+    f = partial(lambda f, x: f(x, jnp.full(x.shape, label)), f)
+    for mode in reversed(modes):
+        if mode == "r":
+            f = partial(lambda f, x: jax.vjp(f, x)[1](jnp.ones_like(x))[0], f)
+        else:
+            f = partial(lambda f, x: jax.jvp(f, (x,), (jnp.ones_like(x),))[1], f)
+    found = optimized(f)(jnp.array(POINTS, jnp.float32))
+    with mpmath.workdps(60):
+        for x, value in zip(POINTS, found, strict=True):
+            x = mpmath.mpf(float(np.float32(x)))
+            p, q = 1 / (1 + mpmath.exp(-x)), 1 / (1 + mpmath.exp(x))
+            wanted = [-mpmath.log(p if label else q), p - label if label == 0 else -q, p * q, p * q * (q - p)][
+                len(modes)
+            ]
+            terms = p * q if len(modes) == 3 else abs(wanted)
+            assert abs(float((mpmath.mpf(float(value)) - wanted) / terms)) < 2e-6, (x, value)
+
+
+@pytest.mark.parametrize("label", [0, 1])
+def test_infinite_logits(label):
+    """A right one costs nothing, a wrong one is infinitely wrong; gradients are finite."""
+    x = jnp.array([-jnp.inf, jnp.inf])
+    losses = jxent.sigmoid_cross_entropy(x, jnp.full(2, label), reduction="none")
+    np.testing.assert_array_equal(losses, [jnp.inf, 0] if label else [0, jnp.inf])
+    gradient = jax.grad(partial(jxent.sigmoid_cross_entropy, reduction="sum"))(x, jnp.full(2, label))
+    np.testing.assert_array_equal(gradient, [-1, 0] if label else [0, 1])
+
+
+# --- options ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("modes", ["", "r", "f", "rr", "rf", "fr", "ff"])
+def test_derivatives_by_every_argument(modes, reduction):
+    def f(function, x, y, w, s, e):
+        return function(x, y, pos_weight=w, sample_weight=s, label_smoothing=e, where=WHERE, reduction=reduction)
+
+    def differentiated(f):
+        for mode in reversed(modes):
+            if mode == "f":
+                f = partial(lambda f, *at: jax.jvp(f, at, tuple(jnp.cos(3 * a) for a in at))[1], f)
+            else:
+                f = partial(pulled, f)
+        return f
+
+    def pulled(f, *at):
+        out, pull = jax.vjp(f, *at)
+        return pull(jax.tree.map(lambda a: jnp.cos(a) + jnp.arange(a.size).reshape(a.shape), out))
+
+    def textbook(x, y, *, pos_weight, sample_weight, label_smoothing, **options):
+        return plain(x, y, pos_weight, sample_weight, label_smoothing, **options)
+
+    at = tuple(map(jnp.asarray, (LOGITS, LABELS, POS_WEIGHT, SAMPLE_WEIGHT, 0.2)))
+    found, wanted = (differentiated(partial(f, g))(*at) for g in (jxent.sigmoid_cross_entropy, textbook))
+    chex.assert_trees_all_close(found, wanted, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bool_, jnp.int8, jnp.int32, jnp.uint8, jnp.float32, jnp.bfloat16])
+def test_labels_are_numbers(dtype):
+    labels = jnp.asarray(LABELS > 0.5, dtype)
+    logits = jnp.asarray(LOGITS, jnp.float32)
+    found = jax.value_and_grad(jxent.sigmoid_cross_entropy)(logits, labels)
+    wanted = jax.value_and_grad(plain)(logits, (LABELS > 0.5) * 1.0, 1.0, 1.0, 0.0)
+    chex.assert_trees_all_close(found, wanted, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_16_bit_logits(dtype):
+    """The loss is that of the logits as they are, in float32; the gradient is rounded once."""
+    logits, labels = jnp.asarray(LOGITS, dtype), jnp.asarray(LABELS, jnp.float32)
+    value, gradient = jax.value_and_grad(jxent.sigmoid_cross_entropy)(logits, labels)
+    wide, wide_gradient = jax.value_and_grad(jxent.sigmoid_cross_entropy)(logits.astype(jnp.float32), labels)
+    assert value.dtype == jnp.float32
+    np.testing.assert_allclose(value, wide, rtol=1e-6)
+    np.testing.assert_array_equal(gradient, wide_gradient.astype(dtype))
+
+
+def test_static_smoothing_is_traced_smoothing():
+    options = {"pos_weight": POS_WEIGHT.astype(np.float32)}
+    traced = jxent.sigmoid_cross_entropy(LOGITS, LABELS, label_smoothing=jnp.array(0.2), **options)
+    np.testing.assert_allclose(
+        jxent.sigmoid_cross_entropy(LOGITS, LABELS, label_smoothing=0.2, **options), traced, 1e-6
+    )
+
+
+def test_what_does_not_count():
+    logits = np.where(WHERE, LOGITS, np.nan).astype(np.float32)
+    f = jax.value_and_grad(partial(jxent.sigmoid_cross_entropy, where=WHERE))
+    value, gradient = f(logits, LABELS)
+    np.testing.assert_allclose(value, plain(LOGITS[WHERE], LABELS[WHERE], 1.0, 1.0, 0.0), rtol=1e-5)
+    assert np.isfinite(gradient).all()
+    assert not np.any(gradient[~WHERE])
+    value, gradient = jax.value_and_grad(partial(jxent.sigmoid_cross_entropy, where=False))(logits, LABELS)
+    assert np.isnan(value)
+    assert not np.any(gradient)
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 0), (0,)])
+def test_any_shape(shape):
+    x = jnp.full(shape, 0.3)
+    losses = jxent.sigmoid_cross_entropy(x, jnp.ones(shape, int), reduction="none")
+    np.testing.assert_allclose(losses, np.full(shape, np.log1p(np.exp(-0.3))), rtol=1e-6)
+    mean = jxent.sigmoid_cross_entropy(x, jnp.ones(shape, int))
+    assert np.isnan(mean) if x.size == 0 else mean == losses.mean()
+
+
+# --- programs ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("gradient", "arrays"), [(False, 1.1), (True, 2.1)])
+def test_memory(gradient, arrays):
+    x = jax.ShapeDtypeStruct((512, 1024), jnp.float32)
+    f = jax.value_and_grad(jxent.sigmoid_cross_entropy) if gradient else jxent.sigmoid_cross_entropy
+    memory = optimized(f).lower(x, x).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < arrays * 4 * 512 * 1024
+
+
+@pytest.mark.parametrize("way", ["Auto", "Explicit", "shard_map", "unchecked"])
+def test_sharded(way):
+    rng = np.random.default_rng(0)
+    arrays = [jnp.asarray(a, jnp.float32) for a in (rng.normal(size=(8, 16)), rng.uniform(size=(8, 16)))]
+    arrays += [jnp.asarray(rng.uniform(size=16), jnp.float32), jnp.asarray(rng.uniform(size=(8, 16)), jnp.float32)]
+    specs = [P("data", "model"), P("data", "model"), P("model"), P("data", "model")]
+    kind = AxisType.Explicit if way == "Explicit" else AxisType.Auto
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind,) * 2)
+
+    def f(logits, labels, pos_weight, sample_weight, axes=()):
+        options = {"pos_weight": pos_weight, "sample_weight": sample_weight, "reduction": "sum"}
+        total = jxent.sigmoid_cross_entropy(logits, labels, **options)
+        return jax.lax.psum(total, axes) if axes else total
+
+    wanted = jax.value_and_grad(f, (0, 1, 2, 3))(*arrays)
+    if way in ("Auto", "Explicit"):
+        placed = [jax.device_put(a, NamedSharding(mesh, s)) for a, s in zip(arrays, specs, strict=True)]
+        found = jax.jit(jax.value_and_grad(f, (0, 1, 2, 3)))(*placed)
+    else:
+        local = partial(f, axes=("data", "model"))
+        checked = way == "shard_map"
+        mapped = jax.shard_map(local, mesh=mesh, in_specs=tuple(specs), out_specs=P(), check_vma=checked)
+        found = jax.jit(jax.value_and_grad(mapped, (0, 1, 2, 3)))(*arrays)
+    chex.assert_trees_all_close(jax.device_get(found), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_per_example():
+    """Under `vmap`, with one `pos_weight` for all."""
+    f = jax.value_and_grad(lambda w, x, y: jxent.sigmoid_cross_entropy(x, y, pos_weight=w))
+    each = jax.vmap(f, (None, 0, 0))(POS_WEIGHT, LOGITS, LABELS)
+    for i in range(len(LOGITS)):
+        one = f(jnp.asarray(POS_WEIGHT), LOGITS[i], LABELS[i])
+        chex.assert_trees_all_close(jax.tree.map(lambda a, i=i: a[i], each), one, rtol=1e-5)
+
+
+def test_checkify_names_what_is_not_finite():
+    logits = LOGITS.copy()
+    logits[1, 2] = np.nan
+    error, _ = jax.jit(checkify.checkify(jxent.sigmoid_cross_entropy, errors=checkify.user_checks))(logits, LABELS)
+    with pytest.raises(checkify.JaxRuntimeError, match=r"sigmoid_cross_entropy: logits has nan at \[1 2\]"):
+        error.throw()
