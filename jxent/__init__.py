@@ -1,5 +1,6 @@
 """Cross-entropy for JAX: exact, and with PyTorch's meaning."""
 
+from jxent._core.labels import SparseLabels
 from jxent._cross_entropy import cross_entropy
 from jxent._divergences import js_divergence, kl_divergence
 from jxent._linear_cross_entropy import linear_cross_entropy
@@ -11,6 +12,7 @@ from jxent._sigmoid_cross_entropy import sigmoid_cross_entropy
 from jxent._softmax import log_softmax, logsumexp, softmax
 
 __all__ = [
+    "SparseLabels",
     "Stats",
     "cross_entropy",
     "js_divergence",

@@ -6,6 +6,7 @@ from typing import Literal, Unpack, overload
 
 from jaxtyping import Array, Bool, Float, Int
 
+from jxent._core.labels import SparseLabels
 from jxent._core.rule import costs
 from jxent._loss import checks, label_checks
 from jxent._loss.annotations import ArrayLike, AxisName, LogitsLossOptions, Reduction
@@ -18,7 +19,7 @@ from jxent._loss.options import Weights, options_of
 @overload
 def cross_entropy(
     logits: Float[ArrayLike, "*shape"],
-    labels: Int[ArrayLike, "*positions"] | Float[ArrayLike, "*shape"],
+    labels: Int[ArrayLike, "*positions"] | Float[ArrayLike, "*shape"] | SparseLabels,
     *,
     return_stats: Literal[False] = False,
     **options: Unpack[LogitsLossOptions],
@@ -26,7 +27,7 @@ def cross_entropy(
 @overload
 def cross_entropy(
     logits: Float[ArrayLike, "*shape"],
-    labels: Int[ArrayLike, "*positions"] | Float[ArrayLike, "*shape"],
+    labels: Int[ArrayLike, "*positions"] | Float[ArrayLike, "*shape"] | SparseLabels,
     *,
     return_stats: Literal[True],
     **options: Unpack[LogitsLossOptions],
@@ -34,7 +35,7 @@ def cross_entropy(
 @overload
 def cross_entropy(
     logits: Float[ArrayLike, "*shape"],
-    labels: Int[ArrayLike, "*positions"] | Float[ArrayLike, "*shape"],
+    labels: Int[ArrayLike, "*positions"] | Float[ArrayLike, "*shape"] | SparseLabels,
     *,
     return_stats: bool,
     **options: Unpack[LogitsLossOptions],
@@ -42,7 +43,7 @@ def cross_entropy(
 @known_names
 def cross_entropy(
     logits: Float[ArrayLike, "*shape"],
-    labels: Int[ArrayLike, "*positions"] | Float[ArrayLike, "*shape"],
+    labels: Int[ArrayLike, "*positions"] | Float[ArrayLike, "*shape"] | SparseLabels,
     *,
     axis: int = -1,
     class_weight: Float[ArrayLike, " classes"] | None = None,
@@ -67,8 +68,8 @@ def cross_entropy(
       logits: unnormalized log-probabilities, float16, bfloat16, float32 or float64. A class whose logit is -inf is
         masked: its probability and its gradient are 0, and smoothing passes it by.
       labels: class indices, integers of the shape of `logits` without its class axis; or class probabilities, floating
-        point of the shape of `logits`. The dtype decides. An index out of range makes its position's loss and gradient
-        NaN, and is reported by name under `jax.experimental.checkify`.
+        point of the shape of `logits`; or `SparseLabels`. The dtype decides. An index out of range makes its position's
+        loss and gradient NaN, and is reported by name under `jax.experimental.checkify`.
       axis: the class axis.
       class_weight: one weight per class, shape (classes,).
       sample_weight: multiplies each position's loss and its share of the mean's denominator; broadcasts to the shape of

@@ -9,6 +9,7 @@ import jax
 from jaxtyping import Array, Bool, Float, Int
 
 from jxent._core.costs import weighs_classes
+from jxent._core.labels import SparseLabels
 from jxent._core.passes import compute_dtype
 from jxent._linear_loss import loss_by_sweep
 from jxent._loss import checks, label_checks
@@ -28,7 +29,7 @@ from jxent._sweep.sweep import Inputs, Sweep
 def linear_cross_entropy(
     hidden: Float[ArrayLike, "*positions features"],
     kernel: Float[ArrayLike, "features vocab"] | Float[ArrayLike, "vocab features"],
-    labels: Int[ArrayLike, "*positions"] | Float[ArrayLike, "*positions vocab"],
+    labels: Int[ArrayLike, "*positions"] | Float[ArrayLike, "*positions vocab"] | SparseLabels,
     *,
     return_stats: Literal[False] = False,
     **options: Unpack[LinearLossOptions],
@@ -37,7 +38,7 @@ def linear_cross_entropy(
 def linear_cross_entropy(
     hidden: Float[ArrayLike, "*positions features"],
     kernel: Float[ArrayLike, "features vocab"] | Float[ArrayLike, "vocab features"],
-    labels: Int[ArrayLike, "*positions"] | Float[ArrayLike, "*positions vocab"],
+    labels: Int[ArrayLike, "*positions"] | Float[ArrayLike, "*positions vocab"] | SparseLabels,
     *,
     return_stats: Literal[True],
     **options: Unpack[LinearLossOptions],
@@ -46,7 +47,7 @@ def linear_cross_entropy(
 def linear_cross_entropy(
     hidden: Float[ArrayLike, "*positions features"],
     kernel: Float[ArrayLike, "features vocab"] | Float[ArrayLike, "vocab features"],
-    labels: Int[ArrayLike, "*positions"] | Float[ArrayLike, "*positions vocab"],
+    labels: Int[ArrayLike, "*positions"] | Float[ArrayLike, "*positions vocab"] | SparseLabels,
     *,
     return_stats: bool,
     **options: Unpack[LinearLossOptions],
@@ -55,7 +56,7 @@ def linear_cross_entropy(
 def linear_cross_entropy(
     hidden: Float[ArrayLike, "*positions features"],
     kernel: Float[ArrayLike, "features vocab"] | Float[ArrayLike, "vocab features"],
-    labels: Int[ArrayLike, "*positions"] | Float[ArrayLike, "*positions vocab"],
+    labels: Int[ArrayLike, "*positions"] | Float[ArrayLike, "*positions vocab"] | SparseLabels,
     *,
     bias: Float[ArrayLike, " vocab"] | None = None,
     vocab_axis: int = -1,
@@ -91,7 +92,7 @@ def linear_cross_entropy(
         operands in the common dtype of `hidden` and `kernel` and accumulate in float32 (float64 for float64): for
         bfloat16 matmuls both must be bfloat16.
       labels: class indices, integers of the leading shape of `hidden`; or class probabilities, floating point with the
-        vocabulary as a last axis. See `cross_entropy`.
+        vocabulary as a last axis; or `SparseLabels`. See `cross_entropy`.
       bias: added to the logits in at least float32. A class with a bias of -inf is masked.
       vocab_axis: the axis of `kernel` that is the vocabulary, -1 or 0.
       class_weight: one weight per class, shape (vocab,).
@@ -185,15 +186,16 @@ def linear_cross_entropy(
 def _linear_cross_entropy(options, sweep, recompute, hidden, kernel, bias, labels, weights):
     classes = kernel.shape[sweep.vocab_axis]
     positions = positions_of(options, weights, labels, hidden, hidden.ndim - 1, classes)
-    labels = positions.labels
+    labels, indices = positions.labels, positions.indices
     # Elsewhere a report would make checkify fail, at the `shard_map` that is to come.
     if covers_its_mesh(hidden, kernel, bias, labels, weights.class_weight):
         row_keep = None if positions.keep is None else positions.keep[..., None]
-        labels = report_labels(options, row_keep, labels, classes * options.form.shards.number, hidden.ndim - 1)
+        all_classes = classes * options.form.shards.number
+        labels = report_labels(options, row_keep, labels, all_classes, hidden.ndim - 1, indices)
         labels = report_values(options, row_keep, labels, hidden=hidden)
         labels = report_values(options, None, labels, masked=("bias",), kernel=kernel, bias=bias)
     class_weight = weights.class_weight if weighs_classes(options.form, labels) else None
-    inputs = Inputs(hidden, kernel, bias, labels, class_weight, positions.keep, positions.first)
+    inputs = Inputs(hidden, kernel, bias, labels, class_weight, positions.keep, positions.first, indices)
     coefficients = coefficients_of(options, weights, positions)
     weight = denominator(options, positions, hidden.shape[:-1], compute_dtype(hidden.dtype, kernel.dtype))
     loss, costs, prediction = loss_by_sweep(options, sweep, recompute, inputs, coefficients, weight)

@@ -41,6 +41,8 @@ def _full(coefficient, keep, shape, dtype):
 def _cast_alike(options, inputs, coefficients):
     """(inputs, coefficients), as `cast_alike` casts them."""
     of_classes = inputs._asdict()
-    labels, keep = of_classes.pop("labels"), of_classes.pop("keep")
-    labels, of_classes, (keep, coefficients) = cast_alike(options.form.shards, labels, of_classes, (keep, coefficients))
-    return Inputs(labels=labels, keep=keep, **of_classes), coefficients
+    labels, of_positions = of_classes.pop("labels"), {name: of_classes.pop(name) for name in ("keep", "indices")}
+    labels, of_classes, (of_positions, coefficients) = cast_alike(
+        options.form.shards, labels, of_classes, (of_positions, coefficients)
+    )
+    return Inputs(labels=labels, **of_positions, **of_classes), coefficients

@@ -10,9 +10,18 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jxent._core import targets
-from jxent._core.costs import CostInputs, Moved, ProbabilityLabel, Scalars
+from jxent._core.costs import (
+    CostInputs,
+    Known,
+    Moved,
+    ProbabilityLabel,
+    Scalars,
+    SparseLabel,
+    costs_of,
+    is_out_of_range,
+)
 from jxent._core.forward_mode import with_forward_mode
-from jxent._core.labels import at_label, by_index, clipped, out_of_range
+from jxent._core.labels import SparseLabels, at_label, by_index, clipped, out_of_range
 from jxent._core.passes import Arrays, Moving, Passes
 from jxent._core.rule import counted, like_inputs, summed_up
 from jxent._core.shards import each_shards_own, local_index, sharded_like, shared_cotangent
@@ -28,7 +37,7 @@ from jxent._loss.options import Weights, options_of
 @known_names
 def nll_loss(
     log_probs: Float[ArrayLike, "*shape"],
-    labels: Int[ArrayLike, "*positions"] | Float[ArrayLike, "*shape"],
+    labels: Int[ArrayLike, "*positions"] | Float[ArrayLike, "*shape"] | SparseLabels,
     *,
     axis: int = -1,
     class_weight: Float[ArrayLike, " classes"] | None = None,
@@ -46,7 +55,7 @@ def nll_loss(
     Args:
       log_probs: log-probabilities, as from `log_softmax`: float16, bfloat16, float32 or float64.
       labels: class indices, integers of the shape of `log_probs` without its class axis; or class probabilities,
-        floating point of the shape of `log_probs`.
+        floating point of the shape of `log_probs`; or `SparseLabels`.
       axis: the class axis.
       class_weight: one weight per class, shape (classes,).
       sample_weight: multiplies each position's loss and its share of the mean's denominator; broadcasts to the
@@ -87,7 +96,10 @@ def _rule(form, inputs: CostInputs):
 
 def _costs_fwd(form, inputs):
     inputs = counted(inputs)
-    cost = (_index_cost if by_index(inputs.labels) else _probability_cost)(form, inputs)
+    if inputs.indices is not None:
+        cost = _sparse_cost(form, inputs)
+    else:
+        cost = (_index_cost if by_index(inputs.labels) else _probability_cost)(form, inputs)
     return ({"label": each_shards_own(cost, form.shards, inputs.first)}, None), inputs
 
 
@@ -108,9 +120,22 @@ def _probability_cost(form, inputs):
     return targets.cost(_passes(form, inputs, None), ProbabilityLabel().share)
 
 
+def _sparse_cost(form, inputs):
+    cost, _ = _sparse(form, inputs).value(_passes(form, inputs, None), Known(None, None))
+    return jnp.where(is_out_of_range(form, inputs), jnp.nan, cost)
+
+
+def _sparse(form, inputs) -> SparseLabel:
+    """The cost of sparse labels in `cross_entropy`, for its entries and their weights."""
+    label = costs_of(form, inputs)["label"]
+    assert isinstance(label, SparseLabel)
+    return label
+
+
 def _passes(form, inputs, previous):
     weight = along(inputs.class_weight, inputs.logits.ndim, form.axis, inputs.dtype)
-    arrays = Arrays(inputs.logits, None if by_index(inputs.labels) else inputs.labels, weight)
+    q = None if by_index(inputs.labels) or inputs.indices is not None else inputs.labels
+    arrays = Arrays(inputs.logits, q, weight)
     return Passes(arrays, (form.axis,), inputs.dtype, axis_name=form.shards.axis_name, previous=previous)
 
 
@@ -132,8 +157,19 @@ def _costs_bwd(form, inputs, cotangents):
         to_weight = None if inputs.class_weight is None else label.to_class_weight(c, rows)
         return -cotangent * label.share(c), label.to_label(c, rows), to_weight
 
+    def of_entries(c, cotangent):
+        label = _sparse(form, inputs)
+        _, share, cost = label.taken(passes)
+        zero = jnp.where(c.log_p < 0, jnp.zeros_like(inputs.logits, cotangent.dtype), 0)
+        zero = jnp.where(is_out_of_range(form, inputs), jnp.nan, zero)
+        rows = cotangent, share, cost, None
+        to_x = label.entries.add_to(zero, -cotangent * share, axis)
+        return to_x, label.to_label(c, rows), label.to_class_weight(c, rows)
+
     passes = _passes(form, inputs, cotangent)
-    if by_index(inputs.labels):
+    if inputs.indices is not None:
+        grads = passes.map(of_entries, cotangent)
+    elif by_index(inputs.labels):
         grads = passes.map(of_index, cotangent, jnp.expand_dims(inputs.labels, axis))
     else:
         grads = passes.map(of_probabilities, cotangent)
@@ -145,6 +181,9 @@ def _costs_tangent(form, inputs, moving):
         return {"label": -_at_label(form, inputs, moving.logits)}
     passes = _passes(form, inputs, None)
     weight = along(moving.class_weight, inputs.logits.ndim, form.axis, inputs.dtype)
+    if inputs.indices is not None:
+        passes.moving(Moving(moving.logits, None, weight))
+        return {"label": _sparse(form, inputs).tangent(passes, None, Moved(None, None, None, moving.labels))}
     still = jnp.sum(jnp.zeros_like(inputs.logits, inputs.dtype), form.axis, keepdims=True)
     passes.moving(Moving(moving.logits, moving.labels, weight, reference=still))
     return {"label": ProbabilityLabel().tangent(passes, None, Moved(still, None, still))}

@@ -78,7 +78,7 @@ def sigmoid_cross_entropy(
       >>> logits = jnp.array([[2.0, -1.0, 30.0], [0.5, 3.0, -4.0]])
       >>> labels = jnp.array([[1, 0, 1], [0, 1, 0]])
       >>> print(f"{jxent.sigmoid_cross_entropy(logits, labels):.4f}")
-      0.2470
+      0.2468
 
     Reference: https://docs.pytorch.org/docs/stable/generated/torch.nn.BCEWithLogitsLoss.html
     """

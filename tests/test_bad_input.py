@@ -203,6 +203,21 @@ def label_rows(function, name):
     return flat + torch_layout + last_layout + binary
 
 
+def sparse_rows(function):
+    entries, shares = ints(N, 3), floats(N, 3)
+    sparse = jxent.SparseLabels
+    return rows_of(
+        function,
+        "labels",
+        ("entries-float", sparse(shares, shares), TypeError, "labels.indices must be integers", "got float32"),
+        ("shares-int", sparse(entries, entries), TypeError, "labels.probabilities must be floating point", "got int32"),
+        ("entries-flat", sparse(ints(N), floats(N)), ValueError, "labels.indices must have", "k", rf"got \({N},\)"),
+        ("no-entries", sparse(ints(N, 0), floats(N, 0)), ValueError, "at least one entry", rf"got \({N}, 0\)"),
+        ("positions", sparse(ints(N + 1, 3), floats(N + 1, 3)), ValueError, "labels.indices", rf"got \({N + 1}, 3\)"),
+        ("unlike", sparse(entries, floats(N, 2)), ValueError, "labels.probabilities must have", rf"got \({N}, 2\)"),
+    )
+
+
 def weight_rows(function):
     classes = rf"one entry per class, shape \({C},\)"
     return position_rows(function) + rows_of(
@@ -564,7 +579,7 @@ ROWS = [row for function in SOFTMAXES for row in softmax_rows(function)]
 ROWS += [row for function, name in LOSSES.items() for row in loss_rows(function, name)]
 ROWS += cross_entropy_rows("cross_entropy") + linear_rows() + next_token_rows()
 # The others of each pair take the same arguments, in the same code, but for `beta`.
-ROWS += binary_rows()
+ROWS += sparse_rows("cross_entropy") + sparse_rows(LINEAR) + binary_rows()
 ROWS += logits_divergence_rows("kl_divergence") + beta_rows("js_divergence")
 ROWS += linear_divergence_rows("linear_kl_divergence") + beta_rows("linear_js_divergence")
 ROWS += [row for function in SOFTMAXES for row in mesh_axis_rows(function, "axis_name")]

@@ -48,6 +48,8 @@ ARRAYS = {
     "logits": HIDDEN @ KERNEL + BIAS,
     "labels": LABELS,
     "probabilities": RNG.dirichlet(np.ones(VOCAB), (BATCH, LENGTH)),
+    "shares": RNG.dirichlet(np.ones(6), (BATCH, LENGTH)) * 0.9,  # of sparse labels
+    "indices": RNG.integers(0, VOCAB, (BATCH, LENGTH, 6)).astype(np.int32),
     "class_weight": RNG.uniform(0.5, 2, VOCAB),
     "sample_weight": RNG.uniform(0.5, 2, (BATCH, LENGTH)),
 }
@@ -73,6 +75,13 @@ def logits_loss(logits, labels, class_weight=None, sample_weight=None, **options
 def linear_loss(hidden, kernel, labels, bias=None, class_weight=None, sample_weight=None, **options):
     weights = {"bias": bias, "class_weight": class_weight, "sample_weight": sample_weight}
     return jxent.linear_cross_entropy(hidden, kernel, labels, block_size=BLOCK, **weights, **options)
+
+
+def of_sparse(loss, *arrays, **options):
+    """A loss of these arrays, `indices` and `shares` in the place of labels."""
+    at = 2 if loss is linear_loss else 1
+    labels = jxent.SparseLabels(*arrays[at : at + 2])
+    return loss(*arrays[:at], labels, *arrays[at + 2 :], **options)
 
 
 def with_stats(loss, *arrays, **options):
@@ -102,6 +111,7 @@ def linear_divergence(
 # name: (loss, its arguments' names, options); a loss of each position is weighed with the cotangents
 LOGITS = ("logits", "labels", "class_weight", "sample_weight")
 LINEAR = ("hidden", "kernel", "labels", "bias", "class_weight", "sample_weight")
+SPARSE = ("indices", "shares")
 PAIR = ("logits_p", "logits", "temperature", "sample_weight")
 LINEAR_PAIR = ("hidden_p", "kernel_p", "hidden", "kernel", "bias_p", "bias", *PAIR[2:])
 CALLS = {
@@ -112,6 +122,10 @@ CALLS = {
     "cross_entropy-stats": (partial(with_stats, logits_loss), LOGITS[:2], {}),
     "nll_loss": (of_log_probs, LOGITS[:3], {}),
     "nll_loss-probabilities": (of_log_probs, ("logits", "probabilities", "class_weight"), {}),
+    "cross_entropy-sparse": (partial(of_sparse, logits_loss), ("logits", *SPARSE, *LOGITS[2:]), SMOOTH),
+    "nll_loss-sparse": (partial(of_sparse, of_log_probs), ("logits", *SPARSE, "class_weight"), {"reduction": "none"}),
+    "linear-sparse": (partial(of_sparse, linear_loss), (*LINEAR[:2], *SPARSE, *LINEAR[3:]), SMOOTH),
+    "linear-none-sparse": (partial(of_sparse, linear_loss), (*LINEAR[:2], *SPARSE), {"reduction": "none"}),
     "logsumexp": (jxent.logsumexp, ("logits",), {}),
     "linear": (linear_loss, LINEAR[:3], {}),
     "linear-all": (linear_loss, LINEAR, SMOOTH),
@@ -131,7 +145,7 @@ SOFTMAXES = {"softmax": jxent.softmax, "log_softmax": jxent.log_softmax}
 
 
 def floating(names):
-    return tuple(i for i, name in enumerate(names) if name != "labels")
+    return tuple(i for i, name in enumerate(names) if name not in ("labels", "indices"))
 
 
 def value_and_grad(name, **more):
@@ -220,6 +234,7 @@ def specs_of(layout):
     return {
         **{"hidden": hidden, "kernel": kernel, "labels": positions, "sample_weight": positions},
         **{"logits": logits, "probabilities": logits, "bias": P(vocab), "class_weight": P(vocab)},
+        **{"indices": positions, "shares": positions},
         **{"hidden_p": hidden, "kernel_p": P(*kernel[::-1], *[None] * (2 - len(kernel))), "bias_p": P(vocab)},
         **{"logits_p": logits, "temperature": P()},
     }
@@ -256,11 +271,13 @@ def test_logits_under_jit(expected, name, layout, mode):
     (value, grads), program, arrays = run(name, layout, mode)
     assert_equal((value, grads), expected[name])
     for i, grad in zip(value_and_grad(name)[1], grads, strict=True):
-        if arrays[i].ndim == 3:
+        if CALLS[name][1][i - 1] in ("logits", "logits_p", "probabilities"):
             assert grad.sharding.is_equivalent_to(arrays[i].sharding, 3)
-    # A number or two for each position and shard: a prediction takes a value and an index of each.
+    # A number or two for each position and shard: a prediction takes a value and an index of each. Of sparse labels as
+    # many for each entry.
+    entries = ARRAYS["shares"].shape[-1] if "sparse" in name else 1
     assert all(c.size <= POSITIONS * 8 for c in collectives(program.as_text()) if c.kind != "all-reduce")
-    assert all(c.size <= POSITIONS for c in collectives(program.as_text()) if c.kind == "all-reduce")
+    assert all(c.size <= POSITIONS * entries for c in collectives(program.as_text()) if c.kind == "all-reduce")
 
 
 @pytest.mark.covering(
@@ -290,7 +307,9 @@ NAMED_LAYOUTS = (
 
 @pytest.mark.covering
 @pytest.mark.parametrize("layout", NAMED_LAYOUTS)
-@pytest.mark.parametrize("name", ["linear-all", "linear-probabilities", "linear-recompute", "linear-none"])
+@pytest.mark.parametrize(
+    "name", ["linear-all", "linear-probabilities", "linear-sparse", "linear-recompute", "linear-none"]
+)
 def test_linear_with_named_axes(expected, name, layout):
     """XLA:CPU sums gradients where others scatter them: tests/test_tpu_compiler.py looks at that."""
     (value, grads), program, _ = run(name, layout, "Named")
@@ -376,7 +395,9 @@ def test_without_shardy():
 
 @pytest.mark.covering
 @pytest.mark.parametrize("mode", ["Auto", "Explicit"])
-@pytest.mark.parametrize("name", ["linear", "linear-probabilities", "linear-recompute"])
+@pytest.mark.parametrize(
+    "name", ["linear", "linear-probabilities", "linear-sparse", "linear-none-sparse", "linear-recompute"]
+)
 def test_other_linear_losses_under_jit(expected, name, mode):
     assert_equal(run(name, "FSDP and vocabulary", mode)[0], expected[name])
 
@@ -959,9 +980,9 @@ def along(name, second, f=None, **more):
 MOVING = (
     *("cross_entropy", "cross_entropy-all", "cross_entropy-probabilities", "nll_loss-probabilities"),
     *("linear-all", "linear-probabilities", "linear-none"),
-    *DIVERGENCES,
+    *("cross_entropy-sparse", "nll_loss-sparse", "linear-sparse", *DIVERGENCES),
 )
-SECOND = ("cross_entropy-probabilities", "linear-none", "js-none", "linear-kl")
+SECOND = ("cross_entropy-probabilities", "linear-none", "linear-sparse", "js-none", "linear-kl")
 
 
 @pytest.mark.covering("linear-none-Auto", "cross_entropy-probabilities-Explicit")

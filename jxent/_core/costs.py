@@ -20,18 +20,18 @@ true gradients. Memory: nothing of the size of the logits in the forward pass; i
 those of class weights and of probability labels may write as many arrays of that size again.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
 
 from jxent._core import targets
 from jxent._core.divergences import Divergence
-from jxent._core.labels import by_index
+from jxent._core.labels import Entries, by_index, out_of_range
 from jxent._core.passes import Class, Passes, compute_dtype, given
-from jxent._core.shards import Shards, local_index
+from jxent._core.shards import Shards, local_index, total
 from jxent._core.terms import expm1
-from jxent._core.weights import is_used, product_of
+from jxent._core.weights import along, is_used, product_of
 
 
 class Form(NamedTuple):
@@ -57,6 +57,8 @@ class CostInputs(NamedTuple):
     keep: Array | None  # a row array, False where a position does not count; what its logits hold reaches no gradient
     first: Array | None  # the class that this shard begins with; None if the classes are not sharded
     scale: Array | None = None  # of shape (): what a divergence multiplies all logits by; None for 1
+    # Of sparse labels, whose probabilities are `labels`, the classes: both of the logits' shape, but for k entries.
+    indices: Array | None = None
 
     @property
     def dtype(self):
@@ -77,7 +79,7 @@ class Scalars(NamedTuple):
 class Known(NamedTuple):
     """Row arrays that are known before any cost is taken."""
 
-    log_normalizer: Array
+    log_normalizer: Any  # None for log-probabilities, which have none
     label_logit: Array | None  # for index labels
     label: tuple[Array, Array | None] | None = None  # what `value` of the label's cost returned
 
@@ -85,9 +87,10 @@ class Known(NamedTuple):
 class Moved(NamedTuple):
     """Tangents, row arrays. The first two are relative to the same class, see `Class.dz`."""
 
-    log_z: Array
+    log_z: Any  # None, as the next but one, for log-probabilities, which have no normalizer
     label_z: Array | None  # of x[t] - m, for index labels
-    log_normalizer: Array
+    log_normalizer: Any
+    labels: Array | None = None  # of the probabilities of sparse labels
 
 
 class Cost:
@@ -211,6 +214,79 @@ class ProbabilityLabel(_Label, _Target):
         return rows[0] * self._weigh(c, c.cost_of(c.q))  # w[j] (-log p[j])
 
 
+class SparseLabel(_Label):
+    """The target of shares q w at the entries of a sparse label, whose weights w are those of the entries' classes.
+
+    The gradient is that of any target: A p[j] - a[j], but where p[j] > 2/3, A expm1(log p[j]) + (the others' shares).
+    """
+
+    def __init__(self, entries: Entries, weight: Array | None, form: Form):
+        self.entries, self.weight, self.form = entries, weight, form
+
+    def taken(self, passes) -> tuple[Array, Array, Array]:
+        """(the logits, the share, -log p) of each entry of this shard; of others the share is 0.
+
+        So is -log p of a masked class without a share, which is no class.
+        """
+        logits, log_z = given(passes.arrays.logits), passes.arrays.log_z
+        x = self.entries.at(logits, self.form.axis)
+        share = _times(self.weight, self.entries.probability.astype(passes.dtype))
+        share = self.entries.here(share, logits.shape[self.form.axis])
+        cost = -x.astype(passes.dtype) if log_z is None else log_z - passes.z_of(x)
+        return x, share, jnp.where((share == 0) & (cost == jnp.inf), 0, cost)
+
+    def summed(self, values):
+        """The sum over the entries of all shards."""
+        return total(jnp.sum(values, self.form.axis, keepdims=True), self.form.shards.axis_name)
+
+    def value(self, passes, known):
+        _, share, cost = self.taken(passes)
+        return self.summed(share * cost), None
+
+    def rows(self, passes, kept, cotangent):
+        x, share, cost = self.taken(passes)
+        others = self.summed(jnp.where(x.astype(passes.dtype) == passes.arrays.top, 0, share))
+        return cotangent, share, cost, targets.Sums(self.summed(share), others)
+
+    def gradient(self, c, rows):
+        cotangent, share, cost, sums = rows
+        near_one = jnp.log(2 / 3)
+        of_all = jnp.where(c.log_p > near_one, sums.all * expm1(c.log_p) + sums.others, sums.all * c.p)
+        taken = jnp.where(-cost > near_one, 0, share)
+        return self.entries.add_to(cotangent * of_all, -cotangent * taken, self.form.axis)
+
+    def to_label(self, c, rows):
+        cotangent, _, cost, _ = rows
+        return self.entries.here(cotangent * _times(self.weight, cost), given(c.arrays.logits).shape[self.form.axis])
+
+    def to_class_weight(self, c, rows):
+        cotangent, _, cost, _ = rows
+        if self.weight is None:
+            return None
+        paid = cotangent * self.entries.probability.astype(cost.dtype) * cost
+        return self.entries.add_to(jnp.zeros_like(given(c.arrays.logits), cost.dtype), paid, self.form.axis)
+
+    def tangent(self, passes, kept, moved):
+        x, share, cost = self.taken(passes)
+        moving, parts = given(passes.arrays.moving), [0 * cost]
+        shape = given(passes.arrays.logits).shape
+        if moving.logits is not None:
+            dlog_p = passes.dx_of(x, self.entries.at(moving.logits, self.form.axis))
+            if moving.reference is not None:
+                dlog_p = dlog_p - moving.reference - moved.log_z
+            parts.append(-share * dlog_p)
+        if moved.labels is not None:
+            parts.append(_times(self.weight, moved.labels.astype(passes.dtype)) * cost)
+        if self.weight is not None and moving.weight is not None:
+            dweight = self.entries.at(jnp.broadcast_to(moving.weight, shape), self.form.axis)
+            parts.append(self.entries.probability.astype(passes.dtype) * dweight * cost)
+        return self.summed(self.entries.here(sum(parts[1:], parts[0]), shape[self.form.axis]))
+
+
+def _times(weight, values):
+    return values if weight is None else weight * values
+
+
 class Uniform(_Target):
     """The target of shares w[j] / n, n being the number of classes that are not masked."""
 
@@ -262,12 +338,12 @@ OPTIONAL = {"uniform": Uniform(), "z": SquaredNormalizer()}
 class LogProb(Cost):
     """Minus the label's cost, without class weights."""
 
-    def __init__(self, label: IndexLabel | ProbabilityLabel):
+    def __init__(self, label: IndexLabel | ProbabilityLabel | SparseLabel):
         self.label = label
         self.gradient_takes_p_alone = label.gradient_takes_p_alone
 
     def value(self, passes, known):
-        same = passes.arrays.q is None or passes.arrays.weight is None
+        same = isinstance(self.label, IndexLabel) or passes.arrays.weight is None
         cost, kept = given(known.label) if same else self.label.value(passes, known)
         return -cost, kept
 
@@ -352,10 +428,40 @@ def steepness(name: str) -> float:
     return (OPTIONAL | STATISTICS | {"divergence": Divergence}).get(name, Cost).steepness
 
 
+def entries_of(form: Form, inputs: CostInputs) -> Entries:
+    """The entries of sparse labels; an index out of range is -1 on every shard."""
+    index = local_index(given(inputs.indices), inputs.first)
+    return Entries(jnp.where(_has_no_class(form, inputs), -1, index), inputs.labels)
+
+
+def _has_no_class(form, inputs):
+    return out_of_range(inputs.indices, inputs.logits.shape[form.axis] * form.shards.number)
+
+
+def is_out_of_range(form: Form, inputs: CostInputs):
+    """Whether an entry of sparse labels with a probability has an index out of range; a row array."""
+    bad = _has_no_class(form, inputs) & (inputs.labels != 0)
+    return total(jnp.sum(bad, form.axis, keepdims=True), form.shards.axis_name) > 0
+
+
+def _weight_of(form, inputs, entries):
+    """The class weight of each entry; None for 1."""
+    if inputs.class_weight is None:
+        return None
+    weight = along(inputs.class_weight, inputs.logits.ndim, form.axis, inputs.dtype)
+    return entries.at(jnp.broadcast_to(given(weight), inputs.logits.shape), form.axis)
+
+
 def costs_of(form: Form, inputs: CostInputs) -> dict[str, Cost]:
     """The costs by name, the statistics among them."""
     if by_index(inputs.labels):
         label = unweighted = IndexLabel(local_index(jnp.expand_dims(inputs.labels, form.axis), inputs.first))
+    elif inputs.indices is not None:
+        entries = entries_of(form, inputs)
+        label, unweighted = (
+            SparseLabel(entries, _weight_of(form, inputs, entries), form),
+            SparseLabel(entries, None, form),
+        )
     else:
         label, unweighted = ProbabilityLabel(), ProbabilityLabel(weighted=False)
     costs: dict[str, Cost] = {name: label if name == "label" else OPTIONAL[name] for name in form.costs}

@@ -1,10 +1,19 @@
-"""Index labels: which there are, in range or not, and what stands at the label of each position."""
+"""Index labels: which there are, in range or not, and what stands at the label of each position.
+
+A position has one of them, or the entries of a sparse label: k class indices along the class axis, with a probability
+each. An index counts from this shard's first class.
+"""
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
+import jax.export
 import jax.numpy as jnp
+from jax import Array
+from jax.lax import ScatterDimensionNumbers, scatter_add
 from jax.sharding import PartitionSpec
+from jaxtyping import Float, Int
 
 from jxent._core.shards import by_compiler, total
 
@@ -29,6 +38,52 @@ def at_label(values, labels, axis, axis_name=()):
         return pick(values, labels, axis)
     inside = jnp.clip(labels, 0, values.shape[axis] - 1)
     return total(jnp.where(labels == inside, pick(values, inside, axis), 0), axis_name)
+
+
+class SparseLabels(NamedTuple):
+    """Labels of k classes for each position, with their probabilities: a teacher's top k, or several right answers.
+
+    The loss is that of class probabilities that are 0 elsewhere, which are never written. Classes may repeat, and their
+    probabilities add up. An entry of probability 0 counts for nothing, whatever its index, and an index out of range of
+    any other makes its position NaN. Probabilities need not sum to 1: what is missing is missing from the loss.
+    """
+
+    indices: Int[Array, "*positions k"]
+    """Class indices. A position whose indices all equal `ignore_index` is left out."""
+    probabilities: Float[Array, "*positions k"]
+    """Label probabilities, which have their gradient."""
+
+
+jax.export.register_namedtuple_serialization(SparseLabels, serialized_name="jxent.SparseLabels")
+
+
+def parts(labels):
+    """(class indices, class probabilities, or those of sparse labels; the indices of these, or None)."""
+    return (labels.probabilities, labels.indices) if isinstance(labels, SparseLabels) else (labels, None)
+
+
+class Entries(NamedTuple):
+    """The entries of sparse labels. Arrays of the logits' shape, but with k entries along the class axis."""
+
+    class_index: Array  # or out of range for one of another shard or for none
+    probability: Array
+
+    def at(self, values, axis):
+        """The values at the entries; any others for a class that this shard does not have."""
+        return pick(values, jnp.clip(self.class_index, 0, values.shape[axis] - 1), axis)
+
+    def here(self, values, classes):
+        """Values at the entries, 0 where an entry's class is not among these of this shard."""
+        return jnp.where(out_of_range(self.class_index, classes), 0, values)
+
+    def add_to(self, array, values, axis):
+        """The array plus the values at the entries, each added where its class is, if that is one of this shard's."""
+        values = self.here(values, array.shape[axis]).astype(array.dtype)
+        index = jnp.clip(self.class_index, 0, array.shape[axis] - 1)[..., None]
+        positions = tuple(a for a in range(array.ndim) if a != axis)
+        dimensions = ScatterDimensionNumbers((), (axis,), (axis,), positions, positions)
+        add = partial(scatter_add, dimension_numbers=dimensions, mode="promise_in_bounds")
+        return by_compiler(add, jax.typeof(array).sharding.spec, array, index, values)
 
 
 def pick(values, labels, axis):

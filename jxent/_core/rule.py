@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jxent._core import divergences
-from jxent._core.costs import CostInputs, Form, Known, Moved, costs_of
+from jxent._core.costs import CostInputs, Form, Known, Moved, costs_of, is_out_of_range
 from jxent._core.forward_mode import moving_where, with_forward_mode
 from jxent._core.labels import at_label, by_index, clipped, out_of_range, pick
 from jxent._core.normalizer import normalizer
@@ -29,7 +29,7 @@ class Residuals(NamedTuple):
         like = inputs.logits if self.exp is None else self.exp
         arrays = Arrays(
             inputs.logits,
-            q=None if by_index(inputs.labels) else inputs.labels,
+            q=None if by_index(inputs.labels) or inputs.indices is not None else inputs.labels,
             weight=along(inputs.class_weight, like.ndim, form.axis, dtype),
             exp=self.exp,
             top=self.top,
@@ -63,6 +63,8 @@ def costs_fwd(form, room, inputs) -> tuple[Any, Any]:
     log_z = row.log_z
     if label is not None:
         log_z = jnp.where(out_of_range(jnp.expand_dims(labels, axis), classes), jnp.nan, log_z)
+    if inputs.indices is not None:
+        log_z = jnp.where(is_out_of_range(form, inputs), jnp.nan, log_z)
 
     residuals = Residuals(inputs, row.top, log_z, {}, None)
     passes = residuals.passes(form, log_z)
@@ -130,7 +132,8 @@ def costs_bwd(form, residuals, cotangents):
         to_x = given(_added_up(cost.gradient(c, rows[name]) for name, cost in named.items()))
         to_labels, to_weight = None, None
         if not by_index(inputs.labels):
-            to_labels = _added_up((cost.to_label(c, rows[name]) for name, cost in named.items()), jnp.zeros_like(to_x))
+            of_label = (cost.to_label(c, rows[name]) for name, cost in named.items())
+            to_labels = _added_up(of_label, jnp.zeros_like(inputs.labels, to_x.dtype))
         if inputs.class_weight is not None:
             of_weight = (cost.to_class_weight(c, rows[name]) for name, cost in named.items())
             to_weight = _added_up(of_weight, jnp.zeros_like(to_x))
@@ -146,11 +149,14 @@ def costs_tangent(form, residuals, moving):
     inputs, axis, log_z = residuals.inputs, form.axis, residuals.log_z
     passes = residuals.passes(form, log_z)
     weight = along(moving.class_weight, log_z.ndim, axis, log_z.dtype)
-    passes.moving(Moving(moving.logits, moving.labels, weight))
+    sparse = inputs.indices is not None
+    passes.moving(Moving(moving.logits, None if sparse else moving.labels, weight))
     if moving.logits is None:
         moved = Moved(*[jnp.zeros_like(log_z)] * 3)
     else:
         moved = _moved(form, residuals, passes, moving.logits)
+    if sparse:
+        moved = moved._replace(labels=moving.labels)
     return {name: cost.tangent(passes, residuals.kept[name], moved) for name, cost in costs_of(form, inputs).items()}
 
 

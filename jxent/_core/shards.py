@@ -145,6 +145,15 @@ def sharded_as_positions(array, other, axis):
     return sharded_like(array, other, [a for a in range(other.ndim) if a != axis])
 
 
+def sharded_but(array: Maybe, other: Array, axis: int) -> Maybe:
+    """`sharded_like` for an array that has another length along one axis, which is not sharded."""
+    if array is None or AxisType.Explicit not in jax.typeof(other).sharding.mesh.axis_types:
+        return array
+    sharding = jax.typeof(other).sharding
+    spec = PartitionSpec(*(None if a == axis else entry for a, entry in enumerate(sharding.spec)))
+    return jax.sharding.reshard(array, NamedSharding(sharding.mesh, spec))
+
+
 def by_compiler(function: Callable[..., T], spec, *arrays) -> T:
     """`function(*arrays)`, which the compiler is to partition even where mesh axes are `Explicit`.
 

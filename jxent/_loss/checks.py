@@ -14,6 +14,7 @@ import numpy as np
 from jax import Array
 
 from jxent._core.costs import Scalars
+from jxent._core.labels import SparseLabels
 from jxent._core.passes import compute_dtype
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -213,6 +214,8 @@ def ignored_class(function, ignore_index, labels) -> int | None:
     if ignore_index is None:
         return None
     ignore_index = integer(function, "ignore_index", ignore_index)
+    if isinstance(labels, SparseLabels):
+        return ignore_index
     if ignore_index != -100 and jnp.issubdtype(labels.dtype, jnp.floating):
         raise ValueError(
             f"{function}: ignore_index={ignore_index} applies to integer labels, but labels are class probabilities "

@@ -7,31 +7,29 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jxent._core.labels import SparseLabels
 from jxent._loss import checks
 
 
-def logits_and_labels(function, name, logits, labels, axis) -> tuple[Array, Array, int]:
+def logits_and_labels(function, name, logits, labels, axis) -> tuple[Array, Array | SparseLabels, int]:
     """(logits, labels, the class axis counted from the front) of a loss of logits, which the caller calls `name`."""
     logits = checks.floating(function, name, logits, "convert it with .astype(jnp.float32), or swap it with labels")
     axis = checks.class_axis(function, name, logits, axis)
     return logits, class_labels(function, name, logits, labels, axis), axis
 
 
-def class_labels(function, name, logits, labels, axis) -> Array:
+def class_labels(function, name, logits, labels, axis) -> Array | SparseLabels:
     """Class indices (any integer dtype, at least 32 bits on return) or class probabilities, by dtype and shape.
+
+    Or `SparseLabels`.
 
     Only the shape of `logits` is read. `name` is what the caller calls them, or None for `linear_cross_entropy`, which
     has hidden states instead and no axis to choose.
     """
-    if (
-        isinstance(labels, np.ndarray)
-        and labels.dtype.kind in "iu"
-        and jax.dtypes.canonicalize_dtype(labels.dtype) != labels.dtype
-    ):
-        # Of 64 bits JAX would keep the low 32 alone, and take a label of 2**32 for 0.
-        labels = np.clip(labels, -(2**31), 2**31 - 1).astype(np.int32)
-    labels = checks.array(function, "labels", labels)
     shape = logits.shape[:axis] + logits.shape[axis + 1 :]
+    if isinstance(labels, SparseLabels):
+        return _sparse_labels(function, labels, shape)
+    labels = checks.array(function, "labels", _in_32_bits(labels))
     if jnp.issubdtype(labels.dtype, jnp.integer):
         if labels.shape != shape:
             wanted = f"the leading shape of hidden, {shape}"
@@ -56,6 +54,37 @@ def class_labels(function, name, logits, labels, axis) -> Array:
             f"{labels.shape}{remedy}"
         )
     return labels
+
+
+def _in_32_bits(labels):
+    """Of 64 bits JAX would keep the low 32 alone, and take a label of 2**32 for 0."""
+    if not isinstance(labels, np.ndarray) or labels.dtype.kind not in "iu":
+        return labels
+    if jax.dtypes.canonicalize_dtype(labels.dtype) == labels.dtype:
+        return labels
+    return np.clip(labels, -(2**31), 2**31 - 1).astype(np.int32)
+
+
+def _sparse_labels(function, labels, shape) -> SparseLabels:
+    indices = checks.array(function, "labels.indices", _in_32_bits(labels.indices))
+    probabilities = checks.floating(function, "labels.probabilities", labels.probabilities)
+    if not jnp.issubdtype(indices.dtype, jnp.integer):
+        raise TypeError(
+            f"{function}: labels.indices must be integers (class indices), got {indices.dtype}; SparseLabels takes "
+            "(indices, probabilities)"
+        )
+    if indices.ndim != len(shape) + 1 or indices.shape[:-1] != shape or indices.shape[-1] == 0:
+        raise ValueError(
+            f"{function}: labels.indices must have the shape of the positions and a last axis of at least one entry, "
+            f"{(*shape, 'k')}, got {indices.shape}"
+        )
+    if probabilities.shape != indices.shape:
+        raise ValueError(
+            f"{function}: labels.probabilities must have the shape of labels.indices, {indices.shape}, got "
+            f"{probabilities.shape}"
+        )
+    indices = indices.astype(jnp.int32) if indices.dtype.itemsize < 4 else indices
+    return SparseLabels(indices, probabilities)
 
 
 def binary_labels(function, logits, labels) -> Array:

@@ -1,7 +1,7 @@
 """The loss of logits or of log-probabilities, once its arguments are checked; and the statistics of any loss."""
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.export
@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jxent._core.costs import STATISTIC_NAMES, CostInputs, weighs_classes
-from jxent._core.labels import by_index
+from jxent._core.labels import SparseLabels, by_index, pick
 from jxent._core.rule import largest_class
-from jxent._core.shards import cast_alike, sharded_like
+from jxent._core.shards import cast_alike, sharded_but, sharded_like
 from jxent._core.weights import only, weigh
 from jxent._loss.placement import CLASSES, placed
 from jxent._loss.positions import coefficients_of, denominator, positions_of, reduced
@@ -28,7 +28,7 @@ class Stats(NamedTuple):
     """
 
     log_prob: Float[Array, "*positions"]
-    """Log-probability of the label in nats; for class probabilities q, the sum of q[j] log p[j]."""
+    """Log-probability of the label in nats; for class probabilities q, sparse ones too, the sum of q[j] log p[j]."""
     log_normalizer: Float[Array, "*positions"]
     """log sum exp of the logits."""
     entropy: Float[Array, "*positions"]
@@ -53,6 +53,9 @@ def placed_loss_of(placement, options, rule, logits, labels, weights):
 
 
 def label_dimensions(labels, positions, of_logits):
+    if isinstance(labels, SparseLabels):
+        of_entries: Any = (*positions, None)
+        return SparseLabels(of_entries, of_entries)
     return positions if by_index(labels) else of_logits
 
 
@@ -76,21 +79,24 @@ def loss_of(options, rule, logits, labels, weights):
 
 
 def _cost_inputs(options, weights, logits, positions):
-    axis, labels, keep = options.form.axis, positions.labels, positions.keep
-    if not by_index(labels):
+    axis, labels, keep, indices = options.form.axis, positions.labels, positions.keep, positions.indices
+    if indices is not None:
+        labels, indices = (sharded_but(jnp.moveaxis(a, -1, axis), logits, axis) for a in (labels, indices))
+    elif not by_index(labels):
         labels = sharded_like(labels, logits)
     class_weight = weights.class_weight if weighs_classes(options.form, labels) else None
     class_weight = sharded_like(class_weight, logits, [axis])
     keep = None if keep is None else jnp.expand_dims(keep, axis)
     if options.form.divergence is None:
-        labels = report_labels(options, keep, labels, logits.shape[axis] * options.form.shards.number, axis)
+        classes = logits.shape[axis] * options.form.shards.number
+        labels = report_labels(options, keep, labels, classes, axis, indices)
     else:
         labels = report_values(options, keep, labels, masked=("logits_p",), logits_p=labels)
     labels = report_values(options, keep, labels, masked=(options.argument,), **{options.argument: logits})
-    labels, (logits, class_weight, scale), keep = cast_alike(
-        options.form.shards, labels, (logits, class_weight, weights.scale), keep
+    labels, (logits, class_weight, scale), (keep, indices) = cast_alike(
+        options.form.shards, labels, (logits, class_weight, weights.scale), (keep, indices)
     )
-    return CostInputs(logits, labels, class_weight, keep, positions.first, scale)
+    return CostInputs(logits, labels, class_weight, keep, positions.first, scale, indices)
 
 
 def with_stats(options, positions, loss, costs, prediction, weight):
@@ -98,7 +104,9 @@ def with_stats(options, positions, loss, costs, prediction, weight):
     if not options.form.stats:
         return loss
     label = positions.labels
-    if not by_index(label):
+    if positions.indices is not None:
+        label = pick(positions.indices, jnp.expand_dims(jnp.argmax(label, -1), -1), label.ndim - 1)[..., 0]
+    elif not by_index(label):
         label = jnp.squeeze(largest_class(options.form, label, positions.first), options.form.axis)
     return loss, Stats(
         **{name: costs[name] for name in STATISTIC_NAMES},

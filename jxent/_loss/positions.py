@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jxent._core import costs
-from jxent._core.labels import by_index
+from jxent._core.labels import by_index, parts
 from jxent._core.passes import compute_dtype
 from jxent._core.shards import by_compiler, first_class, local_index, sharded_as_positions, total
 from jxent._core.weights import only, product_of
@@ -21,21 +21,23 @@ from jxent._loss.options import scalars_of
 class Positions(NamedTuple):
     """What is known of the positions before any logit is read. But for `first`, arrays of the positions' shape."""
 
-    labels: Array  # class indices, 0 where a position does not count; or class probabilities, with the class axis
+    labels: Array  # class indices, 0 where a position does not count; or probabilities, with an axis of them
     keep: Array | None  # False where a position does not count; None if all do
     label_weight: Array | None  # the class weight of an index label; None for 1. Weights are 0 where nothing counts
     sample_weight: Array | None
     first: Array | None  # the class that this shard begins with, see `first_class`
+    indices: Array | None = None  # of sparse labels, whose probabilities are `labels`
 
 
 def positions_of(options, weights, labels, array, axis, classes) -> Positions:
     """The positions are the axes of `array`, logits or hidden states, but for `axis`; the classes are this shard's."""
+    labels, indices = parts(labels)
     shards, shape = options.form.shards, array.shape[:axis] + array.shape[axis + 1 :]
     as_positions = partial(sharded_as_positions, other=array, axis=axis)
     if by_index(labels):
         labels = as_positions(labels)
     where = None if weights.where is None else as_positions(jnp.broadcast_to(weights.where, shape))
-    keep = _counted(labels, where, options.ignore_index)
+    keep = _counted(labels if indices is None else indices, where, options.ignore_index, indices is not None)
     if by_index(labels):
         labels = only(keep, labels)  # 0 where ignored: in range
     sample_weight = weights.sample_weight
@@ -44,14 +46,15 @@ def positions_of(options, weights, labels, array, axis, classes) -> Positions:
         sample_weight = only(keep, as_positions(jnp.broadcast_to(sample_weight, shape)))
     first = first_class(shards, classes)
     label_weight = _label_weight(labels, weights.class_weight, keep, shards, first)
-    return Positions(labels, keep, label_weight, sample_weight, first)
+    return Positions(labels, keep, label_weight, sample_weight, first, indices)
 
 
-def _counted(labels, where, ignore_index):
-    """The positions that count, or None where all do."""
+def _counted(labels, where, ignore_index, sparse):
+    """The positions that count, or None where all do. Of a sparse label that is to be ignored, all indices say so."""
     if not by_index(labels) or ignore_index is None or not _holds(labels.dtype, ignore_index):
         return where
     keep = labels != labels.dtype.type(ignore_index)  # as it is, one beyond an int32 would overflow
+    keep = jnp.any(keep, -1) if sparse else keep
     return keep if where is None else keep & where
 
 

@@ -27,17 +27,21 @@ except ImportError:
     error_checks = {}
 
 
-def report_labels(options, keep, labels, classes, axis):
+def report_labels(options, keep, labels, classes, axis, indices=None):
     """The labels. Reported are index labels out of range, and class probabilities that are none.
 
     Index labels of positions that do not count must be in range. `keep`, a row array, has the positions that count, or
-    is None where all do; `axis` is the class axis of probabilities, and `classes` are those of all shards.
+    is None where all do; `axis` is the class axis of probabilities, and `classes` are those of all shards. Of sparse
+    labels, whose `indices` have as many axes, the sum may be anything.
     """
     function = options.function
     if by_index(labels):
         return _reported(OutOfRange(function, classes), labels, labels)
     labels = _reported(NotFinite(function, "labels", masked=False), labels, labels, keep)
     labels = _reported(Negative(function), labels, labels, keep)
+    if indices is not None:
+        used = _where_kept(labels != 0, keep)
+        return _reported(OutOfRange(function, classes), labels, jnp.where(used, indices, 0))
     return _reported(NotOne(function, axis - labels.ndim, options.form.shards.axis_name), labels, labels, keep)
 
 

@@ -30,14 +30,15 @@ def on_each_device(sweep, asked, sizes, plan, inputs, coefficients):
     if sweep.block_size is not None:
         local = local._replace(block_size=-(-sweep.block_size // math.prod(sizes[a] for a in plan.positions)))
     out, grads = swept(local, asked, inputs, coefficients)
-    return out, {name: _over_devices(sweep, plan, name, grad) for name, grad in grads.items()}
+    sparse = inputs.indices is not None
+    return out, {name: _over_devices(sweep, plan, sparse, name, grad) for name, grad in grads.items()}
 
 
-def _over_devices(sweep, plan, name, grad):
+def _over_devices(sweep, plan, sparse, name, grad):
     """The sum of a gradient over the devices that have a share of it, each of which keeps what it is to hold."""
-    if name == "labels":
+    if name == "labels" and not sparse:
         return grad
-    axes = plan.axes["v"] if name in ("hidden", "hidden_p") else plan.positions
+    axes = plan.axes["v"] if name in ("hidden", "labels", "hidden_p") else plan.positions
     if name == "scale":
         axes = (*plan.axes["v"], *plan.positions)
     kernels = {"kernel": (sweep.vocab_axis, ""), "kernel_p": (sweep.vocab_axis_p, "p")}

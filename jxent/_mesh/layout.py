@@ -1,8 +1,8 @@
 """Which axes of a mesh shard which dimensions while a device sweeps over its shards, from the arrays' shardings.
 
 Dimensions have names: p0, p1, ... of the positions, h the features of the hidden states, f and v the features and the
-vocabulary of the kernel, df and dv those of its gradient. In a divergence hp, fp, dfp and dvp are those of P, whose
-kernel has the same v.
+vocabulary of the kernel, df and dv those of its gradient, and k the entries of sparse labels. In a divergence hp, fp,
+dfp and dvp are those of P, whose kernel has the same v.
 """
 
 import math
@@ -22,10 +22,11 @@ def dimensions(vocab_axis, vocab_axis_p, inputs, coefficients):
         hidden=(*positions, "h"),
         kernel=("f", "v") if vocab_axis else ("v", "f"),
         bias=("v",),
-        labels=positions if by_index(inputs.labels) else (*positions, "v"),
+        labels=positions if by_index(inputs.labels) else (*positions, "v" if inputs.indices is None else "k"),
         class_weight=("v",),
         keep=positions,
         first=(),
+        indices=(*positions, "k"),
         scale=(),
         hidden_p=(*positions, "hp"),
         kernel_p=("fp", "v") if vocab_axis_p else ("v", "fp"),
@@ -108,7 +109,7 @@ def layout(sizes, inputs, names):
         positions = {name: tuple(a for a in axes if a not in both) for name, axes in positions.items()}
     else:
         vocab = vocab[: min((vocab.index(a) for a in both), default=None)]
-    out = Layout({**positions, **dict.fromkeys(("h", "f", "hp", "fp"), ()), "v": vocab})
+    out = Layout({**positions, **dict.fromkeys(("h", "f", "k", "hp", "fp"), ()), "v": vocab})
 
     # The kernel's gradient, summed over the positions, ends where the kernel came from.
     def ending(before, name):

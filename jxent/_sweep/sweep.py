@@ -44,6 +44,7 @@ class Inputs(NamedTuple):
     class_weight: Any  # (vocab,), see `CostInputs`
     keep: Any  # (*positions,), False where a position does not count
     first: Any = None  # see `CostInputs`
+    indices: Any = None  # (*positions, k), the classes of sparse labels, whose probabilities are `labels`
     scale: Any = None  # likewise, and the rest for divergences: what else the logits of P are made of
     hidden_p: Any = None
     kernel_p: Any = None
@@ -57,7 +58,7 @@ class Swept(NamedTuple):
     prediction: Array | None  # if statistics are wanted
 
 
-POSITIONAL = ("hidden", "labels", "keep", "hidden_p")
+POSITIONAL = ("hidden", "labels", "keep", "indices", "hidden_p")
 
 
 # --- one block --------------------------------------------------------------------------------------------------------
@@ -111,7 +112,7 @@ def _block(sweep, asked, cpu, inputs, coefficients):
     logits, labels = layer.logits(inputs.bias, sweep.precision), inputs.labels
     if layer_p is not None:
         labels = layer_p.logits(inputs.bias_p, sweep.precision)
-    of_block = CostInputs(logits, labels, inputs.class_weight, row_keep, inputs.first, inputs.scale)
+    of_block = CostInputs(logits, labels, inputs.class_weight, row_keep, inputs.first, inputs.scale, inputs.indices)
     if not by_index(labels):
         of_block = counted(of_block)  # the hidden states are selected, but probabilities of what does not count are not
     if asked:
@@ -121,7 +122,7 @@ def _block(sweep, asked, cpu, inputs, coefficients):
         labels, (logits, class_weight, scale), keep = cast_alike(
             sweep.form.shards, of_block.labels, (of_block.logits, of_block.class_weight, of_block.scale), of_block.keep
         )
-        of_block = CostInputs(logits, labels, class_weight, keep, inputs.first, scale)
+        of_block = CostInputs(logits, labels, class_weight, keep, inputs.first, scale, inputs.indices)
         out, residuals = costs_of_block((sweep.form, cpu), of_block), None
     swept = Swept(*jax.tree.map(lambda row: only(inputs.keep, row[..., 0]), out))
     if residuals is None:
