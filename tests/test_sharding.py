@@ -319,17 +319,19 @@ def test_linear_with_named_axes(expected, name, layout):
     assert gathered <= sum(size for kind, size in MOVED.get(layout, []) if kind == "all-gather")
 
 
-@pytest.mark.covering(
-    "linear-kl-FSDP and vocabulary-Auto",
-    "linear-kl-vocabulary, then FSDP of it-Explicit",
-    "linear-js-none-FSDP of the vocabulary, and it-Auto",
-    "linear-js-none-batch, sequence, vocabulary-Named",
-)
 @pytest.mark.parametrize(
-    ("layout", "mode"),
-    [*itertools.product(LAYOUTS, ("Auto", "Explicit")), *itertools.product(NAMED_LAYOUTS, ("Named",))],
+    ("name", "layout", "mode"),
+    short(
+        [
+            *itertools.product(("linear-kl", "linear-js-none"), LAYOUTS, ("Auto", "Explicit")),
+            *itertools.product(("linear-kl", "linear-js-none"), NAMED_LAYOUTS, ("Named",)),
+        ],
+        ("linear-kl", "FSDP and vocabulary", "Auto"),
+        ("linear-kl", "vocabulary, then FSDP of it", "Explicit"),
+        ("linear-js-none", "FSDP of the vocabulary, and it", "Auto"),
+        ("linear-js-none", "batch, sequence, vocabulary", "Named"),
+    ),
 )
-@pytest.mark.parametrize("name", ["linear-kl", "linear-js-none"])
 def test_linear_divergences_under_jit(expected, name, layout, mode):
     """In the loop no more moves than for one side."""
     (value, grads), program, arrays = run(name, layout, mode)
@@ -982,7 +984,7 @@ MOVING = (
     *("linear-all", "linear-probabilities", "linear-none"),
     *("cross_entropy-sparse", "nll_loss-sparse", "linear-sparse", *DIVERGENCES),
 )
-SECOND = ("cross_entropy-probabilities", "linear-none", "linear-sparse", "js-none", "linear-kl")
+SECOND = ("cross_entropy-probabilities", "linear-none")
 
 
 @pytest.mark.covering("linear-none-Auto", "cross_entropy-probabilities-Explicit")
@@ -1007,6 +1009,26 @@ def test_forward_mode_under_jit(name, mode):
         assert all(c.size <= POSITIONS for c in found if c.kind != "all-gather")
     else:
         assert all(c.size <= POSITIONS * 8 for c in collectives(text))
+
+
+@pytest.mark.parametrize("mode", ["Auto", "Explicit", "Named", "checked", "unchecked"])
+@pytest.mark.parametrize(
+    "name", short(("cross_entropy-sparse", "linear-sparse", "js-none", "linear-kl", "linear-js-none"))
+)
+def test_gradients_of_tangents(name, mode):
+    """Reverse over forward, as the tests below have it of `SECOND`."""
+    if mode in ("checked", "unchecked"):
+        specs = (P(), *(SPECS.get(a, P()) for a in CALLS[name][1]))
+        f, _ = value_and_grad(name, axis_name="vocab")
+        mesh, checked = mesh_of("Auto", vocab=4), mode == "checked"
+        mapped = jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=checked)
+        found = jax.jit(along(name, True, mapped))(*arrays_of(name))
+    else:
+        layout = "FSDP and vocabulary" if "linear" in name else "batch, sequence, vocabulary"
+        mesh, specs = mesh_of("Auto" if mode == "Named" else mode, **LAYOUTS[layout][0]), specs_of(layout)
+        arrays = [put(mesh, COTANGENTS, specs["labels"]), *(put(mesh, ARRAYS[a], specs[a]) for a in CALLS[name][1])]
+        found = jax.jit(along(name, True, **(axes_of(name, layout) if mode == "Named" else {})))(*arrays)
+    assert_equal(found, jax.jit(along(name, True))(*arrays_of(name)))
 
 
 @pytest.mark.covering("linear-none-True-False", "linear-none-False-False")
