@@ -164,7 +164,7 @@ def pushed(f, at, v):
     return jax.jvp(f, (at,), (v,))
 
 
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("name", short(SOME, *[name for name in SOME if name != "linear-none"]))
 def test_under_transformations(name, x64):
     """Eager, `jit`, `vmap` of `jvp` and `jvp` of `vmap`, `checkpoint`, `linearize`, `scan`: all give one answer."""
     f, theirs, at = function_of(name)
@@ -197,7 +197,7 @@ def test_under_transformations(name, x64):
     assert_close(along_both, jax.vmap(lambda v: pushed(theirs, at, v)[1])(directions), ulps=64 * SIZE)
 
 
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("name", short(SOME, *[name for name in SOME if name != "linear-none"]))
 def test_gradient_of_a_derivative_that_examples_share(name, x64):
     """What is not mapped has the sum of the examples' gradients, in whatever order `vmap` and the modes come."""
     ours, theirs, at = function_of(name)

@@ -64,8 +64,6 @@ CALLS |= {
         (),
         {"label_smoothing": 0.1, "where": RNG.random(5) < 0.8},
     ),
-    "kl": (jxent.kl_divergence, ("logits", "q"), ("sample_weight",), {"temperature": 1.5}),
-    "js-none": (jxent.js_divergence, ("logits", "q"), (), {"reduction": "none"}),
     "linear-kl": (jxent.linear_kl_divergence, PAIR, ("sample_weight",), {"block_size": 2, "temperature": 1.5}),
     "linear-js-none": (jxent.linear_js_divergence, PAIR, (), {"block_size": 2, "reduction": "none"}),
 }
