@@ -4,7 +4,6 @@ The teacher is the model of train_lm.py, trained here if it has not been. Studen
 one learns from the text alone, the others half from the text and half from the teacher, by the forward divergence
 KL(teacher || student), the reverse one, Jensen-Shannon, and from the teacher's 16 most probable tokens alone, as they
 would be kept on disk (`jxent.SparseLabels`). Neither model's logits are ever held; the last line says what that saves.
-A full run takes some twelve minutes on two CPU cores.
 
     pip install jxent flax optax orbax-checkpoint tokenizers matplotlib tqdm
     python distill.py            # the full run; everything it writes goes to distill/

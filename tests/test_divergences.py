@@ -63,7 +63,11 @@ def defined(x_p, x_q, temperature, beta):
 @pytest.mark.parametrize("temperature", short((1.0, 1.25, 4.0), 1.0, 4.0))
 @pytest.mark.parametrize("beta", BETAS)
 def test_against_50_digits(beta, temperature):
-    """At any margin and offset, from rows that have little in common to rows that nearly agree."""
+    """At any margin and offset, from rows that have little in common to rows that nearly agree.
+
+    A temperature rounds twice more, z and its own inverse: by half a unit each of up to 60 / 1.25.
+    """
+    bound = 5e-6 if temperature == 1 else 1e-5
     rng = np.random.default_rng(0)
     grid = [*itertools.product((0, 20, 60), (0, 1e4, -300), (30, 3, 1, 0.1, 1e-2, 1e-4, 1e-6))]
     x_p = (3 * rng.normal(size=(len(grid), C))).astype(np.float32)
@@ -79,7 +83,7 @@ def test_against_50_digits(beta, temperature):
         for found, want in zip((value[i], to_p[i], to_q[i]), wanted, strict=True):
             if np.abs(want).max() > 1e-30:  # what the terms underflow on is left out
                 error = np.abs(np.asarray(found, float) - want).max() / np.abs(want).max()
-                assert error < 5e-6, (grid[i], want)
+                assert error < bound, (grid[i], want)
 
 
 def test_the_textbook_formula_loses_what_is_kept():
@@ -180,13 +184,21 @@ def plain(beta, reduction, arrays):
     return logits_divergence(beta, reference)(p, q, where=WHERE, reduction=reduction, **options)
 
 
+# (modes, block_size, recompute, reduction): all of the last three to the first order, further orders of some.
+WAYS = [
+    *itertools.product(("r",), (None, 5), (False, True), ("mean", "sum", "none")),
+    *((modes, 5, recompute, "mean") for modes in ("", "f", "rr", "rf", "fr", "ff") for recompute in (False, True)),
+    *((modes, 5, False, "none") for modes in ("", "f", "rr", "rf", "fr", "ff")),
+]
+SHORT_WAYS = [
+    *(("r", None, False, "mean"), ("r", 5, True, "sum"), ("r", 5, False, "none")),
+    *(("f", 5, True, "mean"), ("rf", 5, False, "mean")),
+]
+
+
 @pytest.mark.usefixtures("x64")
-@pytest.mark.covering("rf-5-True-mean-None")
 @pytest.mark.parametrize("beta", [None, 0.3])
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("block_size", [None, 5])
-@pytest.mark.parametrize("modes", short(("", "r", "f", "rr", "rf", "fr", "ff"), "", "r", "f", "rf"))
+@pytest.mark.parametrize(("modes", "block_size", "recompute", "reduction"), short(WAYS, *SHORT_WAYS))
 def test_linear(modes, block_size, recompute, reduction, beta):
     """The value and the derivatives by all eight arrays, of both sides, whatever the blocks."""
     options = {"block_size": block_size, "recompute": recompute, "reduction": reduction}

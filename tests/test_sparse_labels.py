@@ -67,12 +67,21 @@ def total(name, labels, options, arrays, shares):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.covering("linear-smoothing-none-f", "cross_entropy-smoothing-mean-fr", "nll_loss-plain-none-rf")
-@pytest.mark.parametrize("modes", short(("r", "f", "rr", "rf", "fr", "ff"), "r", "f", "rf", "fr"))
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("name", CALLS)
-def test_the_loss_of_the_dense_labels(name, options, reduction, modes):
+@pytest.mark.parametrize(
+    ("options", "modes"),
+    short(
+        [
+            *((options, mode) for options in OPTIONS for mode in "rf"),
+            *(("smoothing", m) for m in ("rr", "rf", "fr", "ff")),
+        ],
+        ("plain", "r"),
+        ("smoothing", "f"),
+        ("softcap", "r"),
+    ),
+)
+def test_the_loss_of_the_dense_labels(options, modes, name, reduction):
     """With derivatives by everything, the probabilities included, in every order of the modes."""
     options = OPTIONS[options] if name != "nll_loss" else {"where": WHERE}
     arrays = jax.tree.map(jnp.asarray, (CALLS[name][1] | WEIGHTS, SHARES))
