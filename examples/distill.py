@@ -3,7 +3,8 @@
 The teacher is the model of train_lm.py, trained here if it has not been. Students start alike and see the same batches:
 one learns from the text alone, the others half from the text and half from the teacher, by the forward divergence
 KL(teacher || student), the reverse one, Jensen-Shannon, and from the teacher's 16 most probable tokens alone, as they
-would be kept on disk (`jxent.SparseLabels`). Neither model's logits are ever held; the last line says what that saves.
+would be kept on disk (`jxent.SparseLabels`). Neither model's logits are held, but where the 16 are looked for, those of
+one sequence; the last line says what that saves.
 
     pip install jxent flax optax orbax-checkpoint tokenizers matplotlib tqdm
     python distill.py            # the full run; everything it writes goes to distill/

@@ -69,17 +69,9 @@ def kl_divergence(
       https://arxiv.org/abs/2306.13649.
       https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.kl_div.html
     """
-    return _divergence(
-        "kl_divergence",
-        KullbackLeibler(),
-        logits_p,
-        logits_q,
-        axis,
-        (temperature, sample_weight, where),
-        reduction,
-        axis_name,
-        batch_axis_name,
-    )
+    weights, over = (temperature, sample_weight, where), (axis_name, batch_axis_name)
+    divergence = KullbackLeibler()
+    return _divergence("kl_divergence", divergence, logits_p, logits_q, axis, weights, reduction, over)
 
 
 @known_names
@@ -132,24 +124,16 @@ def js_divergence(
       Lin, Divergence measures based on the Shannon entropy, https://doi.org/10.1109/18.61115. In distillation: Agarwal
       et al., https://arxiv.org/abs/2306.13649.
     """
-    return _divergence(
-        "js_divergence",
-        JensenShannon(checks.inner_share("js_divergence", "beta", beta)),
-        logits_p,
-        logits_q,
-        axis,
-        (temperature, sample_weight, where),
-        reduction,
-        axis_name,
-        batch_axis_name,
-    )
+    weights, over = (temperature, sample_weight, where), (axis_name, batch_axis_name)
+    divergence = JensenShannon(checks.inner_share("js_divergence", "beta", beta))
+    return _divergence("js_divergence", divergence, logits_p, logits_q, axis, weights, reduction, over)
 
 
-def _divergence(name, divergence, logits_p, logits_q, axis, weights, reduction, axis_name, batch_axis_name):
+def _divergence(name, divergence, logits_p, logits_q, axis, weights, reduction, over):
     logits_p, logits_q = (checks.floating(name, *side) for side in (("logits_p", logits_p), ("logits_q", logits_q)))
     axis = checks.class_axis(name, "logits_q", logits_q, axis)
     checks.same_shape(name, "logits_p", logits_p, "logits_q", logits_q)
     weights = divergence_weights(name, *weights, logits_q, axis, logits_p)
-    over = loss_axes(name, "logits_q", logits_q, axis, axis_name, batch_axis_name, reduction)
+    over = loss_axes(name, "logits_q", logits_q, axis, *over, reduction)
     options = divergence_options((name, "logits_q"), axis, over, divergence, reduction)
     return placed_loss_of(over.placement, options, costs, logits_q, logits_p, weights)

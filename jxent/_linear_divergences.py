@@ -226,7 +226,7 @@ def _divergence(options, sweep, recompute, hidden_p, kernel_p, hidden_q, kernel_
         class_weight=None,
         keep=positions.keep,
         first=positions.first,
-        scale=weights.scale,
+        temperature=weights.temperature,
         hidden_p=hidden_p,
         kernel_p=kernel_p,
         bias_p=bias_p,

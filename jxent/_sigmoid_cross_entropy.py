@@ -22,16 +22,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jxent._core.costs import Form, Scalars
 from jxent._core.forward_mode import moving_where, with_forward_mode
 from jxent._core.passes import apart, barrier, compute_dtype
 from jxent._core.shards import Shards, cast_alike, sharded_like
 from jxent._core.terms import sigmoid, softplus
-from jxent._core.weights import only, weighted
+from jxent._core.weights import is_used, only, weighted
 from jxent._loss import checks, label_checks
 from jxent._loss.annotations import ArrayLike, Reduction
+from jxent._loss.axis_names import Over
 from jxent._loss.names import known_names
-from jxent._loss.options import NOT_TRACED, Options, Weights
+from jxent._loss.options import Weights, options_of, scalars_of
 from jxent._loss.positions import denominator, positions_of, reduced
 from jxent._loss.reports import report_values
 
@@ -64,7 +64,7 @@ def sigmoid_cross_entropy(
         floating-point scalar array is traced, and its value is not checked.
       reduction: ``"mean"`` divides the sum by the number of positions that count, or by the sum of their
         `sample_weight` (PyTorch's mean divides by their number then, too); ``"sum"`` does not; ``"none"`` gives each
-        position's loss.
+        position's loss. Inside `jax.shard_map` the positions are this shard's.
 
     Returns:
       The loss in float32, or in float64 if an input is: a scalar, or for ``reduction="none"`` the shape of `logits`.
@@ -90,20 +90,16 @@ def sigmoid_cross_entropy(
     # Every logit is a position: a class axis of size 1 makes it so.
     as_classes = jax.ShapeDtypeStruct((*logits.shape, 1), logits.dtype)
     _, sample_weight, where = checks.weights(name, None, sample_weight, where, as_classes, logits.ndim)
-    smoothing = checks.scalar(name, "label_smoothing", label_smoothing, 0, 1)
-    form = Form(logits.ndim, None, (), False, Shards())
-    options = Options(name, "logits", form, Scalars(), None, checks.reduction(name, reduction), ())
-    static = smoothing if isinstance(smoothing, float) else None
-    weights = Weights(None, sample_weight, where, NOT_TRACED)
-    return _loss(options, static, logits, labels, pos_weight, None if static is not None else smoothing, weights)
+    scalars = checks.scalars(name, label_smoothing, z_loss_weight=0.0)
+    options, traced = options_of((name, "logits"), logits.ndim, labels, Over(), scalars, None, reduction)
+    return _loss(options, logits, labels, pos_weight, Weights(None, sample_weight, where, traced))
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _loss(options, static_smoothing, logits, labels, pos_weight, smoothing, weights):
+@partial(jax.jit, static_argnums=0)
+def _loss(options, logits, labels, pos_weight, weights):
     positions = positions_of(options, weights, None, logits[..., None], logits.ndim, 1)
-    dtype = compute_dtype(logits.dtype, labels.dtype)
-    if static_smoothing:
-        smoothing = jnp.asarray(static_smoothing, dtype)
+    dtype, smoothing = compute_dtype(logits.dtype, labels.dtype), scalars_of(options, weights).label_smoothing
+    smoothing = jnp.asarray(smoothing, dtype) if is_used(smoothing) else None
     numbers = labels if jnp.issubdtype(labels.dtype, jnp.floating) else labels.astype(dtype)
     if pos_weight is not None:
         pos_weight = sharded_like(jnp.broadcast_to(pos_weight, logits.shape), logits)
@@ -111,7 +107,7 @@ def _loss(options, static_smoothing, logits, labels, pos_weight, smoothing, weig
     _, of_classes, keep = cast_alike(Shards(), None, inputs._replace(keep=None), inputs.keep)
     losses, _ = _losses(dtype, of_classes._replace(keep=keep))
     losses = weighted(positions.sample_weight, only(keep, losses))
-    losses = report_values(options, keep, losses, logits=logits, labels=None if numbers is not labels else labels)
+    losses = report_values(options, keep, losses, logits=logits, labels=numbers)
     return reduced(options, losses, denominator(options, positions, logits.shape, losses.dtype))
 
 

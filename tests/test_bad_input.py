@@ -663,6 +663,7 @@ NAMES = {
     "logsumexp": {"keepdim": "keepdims"},
     "next_token_labels": {"input": "tokens", "pad_token_id": "ignore_index"},
     BINARY: {"input": "logits", "target": "labels", "mask": "where"},
+    "js_divergence": {"input": "logits_q", "target": "logits_p"},
     "kl_divergence": {"teacher_logits": "logits_p", "student_logits": "logits_q", "tau": "temperature", "dim": "axis"},
     "linear_js_divergence": {"teacher_weight": "kernel_p", "student_input": "hidden_q", "student_bias": "bias_q"},
 }

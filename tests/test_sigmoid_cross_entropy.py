@@ -13,6 +13,7 @@ from grids import short
 from jax.experimental import checkify
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from modes import differentiated
 
 import jxent
 
@@ -81,23 +82,11 @@ def test_derivatives_by_every_argument(modes, reduction):
     def f(function, x, y, w, s, e):
         return function(x, y, pos_weight=w, sample_weight=s, label_smoothing=e, where=WHERE, reduction=reduction)
 
-    def differentiated(f):
-        for mode in reversed(modes):
-            if mode == "f":
-                f = partial(lambda f, *at: jax.jvp(f, at, tuple(jnp.cos(3 * a) for a in at))[1], f)
-            else:
-                f = partial(pulled, f)
-        return f
-
-    def pulled(f, *at):
-        out, pull = jax.vjp(f, *at)
-        return pull(jax.tree.map(lambda a: jnp.cos(a) + jnp.arange(a.size).reshape(a.shape), out))
-
     def textbook(x, y, *, pos_weight, sample_weight, label_smoothing, **options):
         return plain(x, y, pos_weight, sample_weight, label_smoothing, **options)
 
     at = tuple(map(jnp.asarray, (LOGITS, LABELS, POS_WEIGHT, SAMPLE_WEIGHT, 0.2)))
-    found, wanted = (differentiated(partial(f, g))(*at) for g in (jxent.sigmoid_cross_entropy, textbook))
+    found, wanted = (differentiated(partial(f, g), modes)(*at) for g in (jxent.sigmoid_cross_entropy, textbook))
     chex.assert_trees_all_close(found, wanted, rtol=1e-10, atol=1e-11)
 
 

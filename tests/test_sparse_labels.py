@@ -13,6 +13,7 @@ import pytest
 from compiling import optimized
 from grids import short
 from jax.experimental import checkify
+from modes import differentiated
 
 import jxent
 
@@ -67,6 +68,7 @@ def total(name, labels, options, arrays, shares):
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.covering(pairs=True)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize(
@@ -88,16 +90,7 @@ def test_the_loss_of_the_dense_labels(options, modes, name, reduction):
 
     def of(labels):
         f = partial(total, name, labels, {"reduction": reduction, **options})
-        for mode in reversed(modes):
-            f = partial(forwards if mode == "f" else backwards, f)
-        return f(*arrays)
-
-    def forwards(f, *at):
-        return jax.jvp(f, at, jax.tree.map(lambda a: jnp.cos(3 * a), at))[1]
-
-    def backwards(f, *at):
-        out, pull = jax.vjp(f, *at)
-        return pull(jax.tree.map(lambda a: jnp.cos(a) + 1, out))
+        return differentiated(f, modes)(*arrays)
 
     chex.assert_trees_all_close(of(sparse), of(dense), rtol=1e-9, atol=1e-10)
 
@@ -126,11 +119,19 @@ def test_other_layouts():
 
 
 def test_what_is_missing_is_missing():
-    """Renormalized, or with what is missing given to the rest, they are labels that sum to 1 (docs/recipes)."""
-    x = LOGITS.astype(np.float32)
-    half = jxent.SparseLabels(INDICES, SHARES / 2)
-    whole = jxent.cross_entropy(x, jxent.SparseLabels(INDICES, SHARES))
+    """Or it is given to all classes alike, as docs/memory.md has it."""
+    x, q = LOGITS.astype(np.float32), SHARES.astype(np.float32)
+    half = jxent.SparseLabels(INDICES, q / 2)
+    whole = jxent.cross_entropy(x, jxent.SparseLabels(INDICES, q))
     np.testing.assert_allclose(jxent.cross_entropy(x, half), whole / 2, rtol=1e-6)
+
+    total = q.sum(-1)
+    of_top_k = jxent.SparseLabels(INDICES, q / total[..., None])
+    options = {"reduction": "none"}
+    found = jxent.cross_entropy(x, of_top_k, sample_weight=total, **options)
+    found += (1 - total) * jxent.cross_entropy(x, of_top_k, label_smoothing=1.0, **options)
+    wanted = jxent.cross_entropy(x, dense(q) + (1 - total[..., None]) / C, **options)
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
 
 
 def test_index_labels_are_a_special_case():
@@ -145,6 +146,7 @@ def test_positions_that_are_ignored():
     """All of whose indices say so; what they hold reaches nothing."""
     indices, x = INDICES.copy(), LOGITS.astype(np.float32)
     indices[2, 3], x[2, 3] = -100, np.nan
+    indices[2, 0, 1] = -100  # one entry of five, without a share: its position counts
     keep = np.ones((B, L), bool)
     keep[2, 3] = False
     f = jax.value_and_grad(jxent.cross_entropy)

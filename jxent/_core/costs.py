@@ -56,7 +56,7 @@ class CostInputs(NamedTuple):
     class_weight: Array | None  # (classes,); in the sums over classes, not in the cost of an index label
     keep: Array | None  # a row array, False where a position does not count; what its logits hold reaches no gradient
     first: Array | None  # the class that this shard begins with; None if the classes are not sharded
-    scale: Array | None = None  # of shape (): what a divergence multiplies all logits by; None for 1
+    temperature: Array | None = None  # of shape (): what a divergence divides all logits by; None for 1
     # Of sparse labels, whose probabilities are `labels`, the classes: both of the logits' shape, but for k entries.
     indices: Array | None = None
 
@@ -217,7 +217,7 @@ class ProbabilityLabel(_Label, _Target):
 class SparseLabel(_Label):
     """The target of shares q w at the entries of a sparse label, whose weights w are those of the entries' classes.
 
-    The gradient is that of any target: A p[j] - a[j], but where p[j] > 2/3, A expm1(log p[j]) + (the others' shares).
+    The gradient is that of any target: first as if no class had a share, and then less the shares at the entries.
     """
 
     def __init__(self, entries: Entries, weight: Array | None, form: Form):
@@ -250,9 +250,8 @@ class SparseLabel(_Label):
 
     def gradient(self, c, rows):
         cotangent, share, cost, sums = rows
-        near_one = jnp.log(2 / 3)
-        of_all = jnp.where(c.log_p > near_one, sums.all * expm1(c.log_p) + sums.others, sums.all * c.p)
-        taken = jnp.where(-cost > near_one, 0, share)
+        of_all = targets.pull(c, 0, sums)  # in which there are the others' shares where p is near 1
+        taken = jnp.where(targets.is_near_one(-cost), 0, share)
         return self.entries.add_to(cotangent * of_all, -cotangent * taken, self.form.axis)
 
     def to_label(self, c, rows):

@@ -38,28 +38,28 @@ from jxent._core.passes import Arrays, Passes, apart, given
 from jxent._core.shards import largest
 
 
-class Residuals(NamedTuple):
-    """The inputs (`costs.CostInputs`, whose labels are the logits of P), and row arrays."""
+class Known(NamedTuple):
+    """Row arrays; None for what is not known yet."""
 
-    inputs: NamedTuple
     top_p: Array  # the largest logit
     top_q: Array
-    log_z_p: Array | None  # log sum exp z; this and the rest may not be known yet
-    log_z_q: Array | None
-    log_z_ratio: Array | None  # log Z_q - log Z_p
+    log_z_p: Array | None = None  # log sum exp z
+    log_z_q: Array | None = None
+    log_z_ratio: Array | None = None  # log Z_q - log Z_p
+
+
+class Residuals(NamedTuple):
+    inputs: NamedTuple  # `costs.CostInputs`, whose labels are the logits of P
+    known: Known
 
 
 class Rows(NamedTuple):
-    """What a term takes besides the logits of Q; all but `logits_p` and `distance` are row arrays, see `Residuals`."""
+    """What a term takes besides the logits of Q. Row arrays, but for those of `logits_p` and `distance`."""
 
     logits_p: Array
-    top_p: Array
-    top_q: Array
+    known: Known
     top_distance: tuple[Array, Array]  # top_q - top_p, and what rounding takes off it
-    log_z_p: Array | None = None
-    log_z_q: Array | None = None
-    log_z_ratio: Array | None = None
-    scale: Array | None = None  # 1 / temperature; None for 1
+    temperature: Array | None  # None for 1
     distance: Array | None = None  # d, if it is kept
 
 
@@ -71,20 +71,21 @@ class Pair:
     rows: Rows
     unit: Array
 
-    def scaled(self, z: Array) -> Array:
-        return z if self.rows.scale is None else z * self.rows.scale
+    def cooled(self, z: Array) -> Array:
+        """z / temperature."""
+        return z if self.rows.temperature is None else z / self.rows.temperature
 
     def _logit(self, logits: Array) -> Array:
         """The logit in the dtype to compute in, and a number far below all others where it is -inf."""
         return jnp.maximum(logits.astype(self.unit.dtype), -terms.most(self.unit) / 16)
 
     @cached_property
-    def unscaled_p(self) -> Array:
-        return self._logit(self.rows.logits_p) - self.rows.top_p
+    def z_p(self) -> Array:
+        return self.cooled(self._logit(self.rows.logits_p) - self.rows.known.top_p)
 
     @cached_property
-    def unscaled_q(self) -> Array:
-        return self._logit(self.logits_q) - self.rows.top_q
+    def z_q(self) -> Array:
+        return self.cooled(self._logit(self.logits_q) - self.rows.known.top_q)
 
     @cached_property
     def distance(self) -> Array:
@@ -93,7 +94,7 @@ class Pair:
             return self.rows.distance
         p, q = self._logit(self.rows.logits_p), self._logit(self.logits_q)
         top, lost_by_top = self.rows.top_distance
-        d = self.scaled(((q - p) - top) + (terms.lost_by_difference(q, p) - lost_by_top))
+        d = self.cooled(((q - p) - top) + (terms.lost_by_difference(q, p) - lost_by_top))
         return jnp.maximum(d, -terms.most(self.unit) / 4)
 
     @cached_property
@@ -110,15 +111,15 @@ class Pair:
     @cached_property
     def difference_of_exponentials(self) -> Array:
         """exp z_q - exp z_p."""
-        return terms.difference(self.scaled(self.unscaled_p), self.scaled(self.unscaled_q), self.distance, self.unit)
+        return terms.difference(self.z_p, self.z_q, self.distance, self.unit)
 
     @cached_property
     def log_p(self) -> Array:
-        return self.scaled(self.unscaled_p) - given(self.rows.log_z_p)
+        return self.z_p - given(self.rows.known.log_z_p)
 
     @cached_property
     def log_q(self) -> Array:
-        return self.scaled(self.unscaled_q) - given(self.rows.log_z_q)
+        return self.z_q - given(self.rows.known.log_z_q)
 
     @cached_property
     def p(self) -> Array:
@@ -131,16 +132,16 @@ class Pair:
     @cached_property
     def log_ratio(self) -> Array:
         """u = log q - log p."""
-        return self.distance - given(self.rows.log_z_ratio)
+        return self.distance - given(self.rows.known.log_z_ratio)
 
     @cached_property
     def top_of_p(self) -> Array:
         """1 at the largest logit of P, and 0 below it."""
-        return self.unit - lax.stop_gradient(terms.below_top(self.rows.logits_p, self.rows.top_p, self.unit))
+        return self.unit - lax.stop_gradient(terms.below_top(self.rows.logits_p, self.rows.known.top_p, self.unit))
 
     @cached_property
     def top_of_q(self) -> Array:
-        return self.unit - lax.stop_gradient(terms.below_top(self.logits_q, self.rows.top_q, self.unit))
+        return self.unit - lax.stop_gradient(terms.below_top(self.logits_q, self.rows.known.top_q, self.unit))
 
 
 # --- the divergences --------------------------------------------------------------------------------------------------
@@ -152,8 +153,8 @@ class Divergence:
     steepness = 16  # see `costs.Cost`
     keeps_distance = False  # whether passes read d from memory, because XLA:CPU fuses no more than 100 operations
 
-    def terms(self) -> tuple[Callable[[Pair], Array], ...]:
-        """What a class adds to the divergence, by passes of their own."""
+    def summands(self) -> tuple[Callable[[Pair], Array], ...]:
+        """What a class adds to the divergence, each summand by a pass of its own."""
         raise NotImplementedError
 
     def prepare(self, mean) -> tuple:
@@ -172,15 +173,16 @@ class Divergence:
 class KullbackLeibler(Divergence):
     """KL(P || Q)."""
 
-    def terms(self):
+    def summands(self):
         return self._excess, self._beyond
 
     def _excess(self, c: Pair):
         return terms.excess(c.log_p, c.log_ratio, c.unit)
 
     def _beyond(self, c: Pair):
-        infinite = c.lost * terms.most(c.unit)
-        return terms.excess_beyond(c.log_q, c.log_ratio, c.unit) + c.p * infinite * infinite
+        # Twice the largest number makes infinite what is not 0, and leaves 0 as it is.
+        largest = c.lost * terms.most(c.unit)
+        return terms.excess_beyond(c.log_q, c.log_ratio, c.unit) + c.p * largest * largest
 
     def prepare(self, mean):
         return (mean(lambda c: c.p, lambda c: c.top_of_p, self._relative),)
@@ -204,7 +206,7 @@ class JensenShannon(Divergence):
     beta: float
     keeps_distance = True
 
-    def terms(self):
+    def summands(self):
         return self._excess_of_p, self._excess_of_q, self._beyond
 
     def _mixed(self, c: Pair):
@@ -229,11 +231,11 @@ class JensenShannon(Divergence):
         return of_p, mean(lambda c: c.q, lambda c: c.top_of_q, self._relative_q)
 
     def _relative_p(self, c: Pair, distance):
-        u, u_of_top = (d - given(c.rows.log_z_ratio) for d in (c.mild_distance, distance))
+        u, u_of_top = (d - given(c.rows.known.log_z_ratio) for d in (c.mild_distance, distance))
         return terms.log_mixed_step(u, u_of_top, distance - c.mild_distance, 1 - self.beta, c.unit)
 
     def _relative_q(self, c: Pair, distance):
-        u, u_of_top = (d - given(c.rows.log_z_ratio) for d in (c.mild_distance, distance))
+        u, u_of_top = (d - given(c.rows.known.log_z_ratio) for d in (c.mild_distance, distance))
         return terms.log_mixed_step(-u, -u_of_top, c.mild_distance - distance, self.beta, c.unit)
 
     def to_p(self, c, rows):
@@ -259,23 +261,20 @@ def forward(form, inputs):
         return jnp.where(top == -jnp.inf, jnp.nan, top.astype(dtype))
 
     passes = _passes(form, inputs, None)
-    top_p, top_q = apart(top_of(inputs.labels)), apart(top_of(inputs.logits))
-    rows = _rows(Residuals(inputs, top_p, top_q, None, None, None))
-    rows = _with_distance(form, passes, rows)
-    log_z_p = jnp.log(_sum(passes, lambda c: jnp.exp(c.scaled(c.unscaled_p)), rows))
-    log_z_q = jnp.log(_sum(passes, lambda c: jnp.exp(c.scaled(c.unscaled_q)), rows))
+    known = Known(apart(top_of(inputs.labels)), apart(top_of(inputs.logits)))
+    rows = _with_distance(form, passes, _rows(Residuals(inputs, known)))
+    log_z_p = jnp.log(_sum(passes, lambda c: jnp.exp(c.z_p), rows))
+    log_z_q = jnp.log(_sum(passes, lambda c: jnp.exp(c.z_q), rows))
     difference = _sum(passes, lambda c: c.difference_of_exponentials, rows)
     far = jnp.abs(log_z_q - log_z_p) > 1
     near_ratio = jnp.log1p(jnp.where(far, 0, difference * jnp.exp(-log_z_p)))
-    ratio = jnp.where(far, log_z_q - log_z_p, near_ratio)
-    residuals = Residuals(inputs, top_p, top_q, log_z_p, log_z_q, ratio)
-    rows = _rows(residuals)._replace(distance=rows.distance)
-    parts = [_sum(passes, term, rows) for term in form.divergence.terms()]
-    return sum(parts[1:], parts[0]), residuals
+    known = known._replace(log_z_p=log_z_p, log_z_q=log_z_q, log_z_ratio=jnp.where(far, log_z_q - log_z_p, near_ratio))
+    summed = [_sum(passes, summand, rows._replace(known=known)) for summand in form.divergence.summands()]
+    return sum(summed[1:], summed[0]), Residuals(inputs, known)
 
 
 def backward(form, residuals, cotangent):
-    """The gradients by the logits of Q, those of P, and the scale, each at every class of every position."""
+    """The gradients by the logits of Q, those of P, and the temperature, each at every class of every position."""
     inputs = residuals.inputs
     passes = _passes(form, inputs, cotangent)
     rows = _with_distance(form, passes, _rows(residuals))
@@ -283,10 +282,9 @@ def backward(form, residuals, cotangent):
 
     def gradients(c, rows, prepared, cotangent):
         pair = Pair(c.arrays.logits, rows, c.unit)
-        to_p = cotangent * form.divergence.to_p(pair, prepared)
-        to_q = cotangent * form.divergence.to_q(pair, prepared)
-        to_scale = None if rows.scale is None else to_p * pair.unscaled_p + to_q * pair.unscaled_q
-        return pair.scaled(to_q), pair.scaled(to_p), to_scale
+        to_p = pair.cooled(cotangent * form.divergence.to_p(pair, prepared))
+        to_q = pair.cooled(cotangent * form.divergence.to_q(pair, prepared))
+        return to_q, to_p, None if rows.temperature is None else -(to_p * pair.z_p + to_q * pair.z_q)
 
     return passes.map(gradients, rows, prepared, cotangent)
 
@@ -294,27 +292,22 @@ def backward(form, residuals, cotangent):
 def tangent(form, residuals, moving):
     """The tangent of the divergence of each position."""
     inputs = residuals.inputs
-    passes = _passes(form, inputs, residuals.log_z_q)
+    passes = _passes(form, inputs, residuals.known.log_z_q)
     rows = _with_distance(form, passes, _rows(residuals))
     prepared = form.divergence.prepare(partial(_relative_mean, passes, rows))
 
-    def term(c, rows, prepared, dlogits_p, dlogits_q, dscale):
+    def term(c, rows, prepared, dlogits_p, dlogits_q, dtemperature):
         pair = Pair(c.arrays.logits, rows, c.unit)
-        sides = (
-            (form.divergence.to_p, pair.unscaled_p, dlogits_p),
-            (form.divergence.to_q, pair.unscaled_q, dlogits_q),
-        )
+        sides = (form.divergence.to_p, pair.z_p, dlogits_p), (form.divergence.to_q, pair.z_q, dlogits_q)
         parts = [0 * c.unit]
-        for gradient, unscaled, dlogits in sides:
-            if dlogits is None and dscale is None:
-                continue
-            moved = [] if dlogits is None else [pair.scaled(dlogits.astype(c.unit.dtype))]
-            moved += [] if dscale is None else [unscaled * dscale]
-            parts.append(gradient(pair, prepared) * sum(moved[1:], moved[0]))
+        for gradient, z, dlogits in sides:
+            moved = [] if dlogits is None else [dlogits.astype(c.unit.dtype)]
+            moved += [] if dtemperature is None else [-z * dtemperature]
+            parts += [gradient(pair, prepared) * pair.cooled(d) for d in moved]
         return sum(parts[1:], parts[0])
 
-    dscale = None if moving.scale is None else _as_row(moving.scale, inputs)
-    return passes.sum(term, rows, prepared, moving.labels, moving.logits, dscale)
+    dtemperature = None if moving.temperature is None else _as_row(moving.temperature, inputs)
+    return passes.sum(term, rows, prepared, moving.labels, moving.logits, dtemperature)
 
 
 def _passes(form, inputs, previous):
@@ -322,15 +315,15 @@ def _passes(form, inputs, previous):
     return Passes(arrays, (form.axis,), inputs.dtype, axis_name=form.shards.axis_name, previous=previous)
 
 
-def _as_row(scale, inputs):
-    return scale.astype(inputs.dtype).reshape((1,) * inputs.logits.ndim)
+def _as_row(number, inputs):
+    return number.astype(inputs.dtype).reshape((1,) * inputs.logits.ndim)
 
 
 def _rows(residuals):
-    inputs, top_p, top_q, log_z_p, log_z_q, log_z_ratio = residuals
-    top_distance = top_q - top_p, terms.lost_by_difference(top_q, top_p)
-    scale = None if inputs.scale is None else _as_row(inputs.scale, inputs)
-    return Rows(inputs.labels, top_p, top_q, top_distance, log_z_p, log_z_q, log_z_ratio, scale)
+    inputs, known = residuals
+    top_distance = known.top_q - known.top_p, terms.lost_by_difference(known.top_q, known.top_p)
+    temperature = None if inputs.temperature is None else _as_row(inputs.temperature, inputs)
+    return Rows(inputs.labels, known, top_distance, temperature)
 
 
 def _with_distance(form, passes, rows):

@@ -122,8 +122,8 @@ def costs_bwd(form, residuals, cotangents):
     """
     inputs = residuals.inputs
     if form.divergence is not None:
-        to_q, to_p, to_scale = divergences.backward(form, residuals, cotangents["divergence"])
-        return summed_up(form, inputs, to_q, to_p, None, to_scale)
+        to_q, to_p, to_temperature = divergences.backward(form, residuals, cotangents["divergence"])
+        return summed_up(form, inputs, to_q, to_p, None, to_temperature)
     named = {name: cost for name, cost in costs_of(form, inputs).items() if cotangents.get(name) is not None}
     passes = residuals.passes(form, cotangents[next(iter(named))])
     rows = {name: cost.rows(passes, residuals.kept[name], cotangents[name]) for name, cost in named.items()}
@@ -184,14 +184,14 @@ def _added_up(arrays, nothing=None):
     return reduce(jnp.add, there) if there else nothing
 
 
-def summed_up(form, inputs, to_logits, to_labels, to_weight, to_scale=None):
+def summed_up(form, inputs, to_logits, to_labels, to_weight, to_temperature=None):
     """The gradients of `CostInputs`, from those at each position; 0 where a position does not count."""
-    grads = CostInputs(to_logits, to_labels, to_weight, None, None, to_scale)
+    grads = CostInputs(to_logits, to_labels, to_weight, None, None, to_temperature)
     grads = jax.tree.map(lambda grad: only(inputs.keep, grad), grads)
     if to_weight is not None:
         positions = tuple(a for a in range(to_weight.ndim) if a != form.axis)
         grads = grads._replace(class_weight=jnp.sum(grads.class_weight, positions))
-    return grads if to_scale is None else grads._replace(scale=jnp.sum(grads.scale))
+    return grads if to_temperature is None else grads._replace(temperature=jnp.sum(grads.temperature))
 
 
 # --- positions that do not count --------------------------------------------------------------------------------------

@@ -41,4 +41,8 @@ def sums(passes, share):
 def pull(c, share, sums):
     """The gradient of the cost by x, for `Passes.map`."""
     near_one = sums.all * expm1(c.log_p) + sums.others
-    return jnp.where(c.log_p > jnp.log(2 / 3), near_one, sums.all * c.p - share)
+    return jnp.where(is_near_one(c.log_p), near_one, sums.all * c.p - share)
+
+
+def is_near_one(log_p):
+    return log_p > jnp.log(2 / 3)

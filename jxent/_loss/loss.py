@@ -61,7 +61,7 @@ def label_dimensions(labels, positions, of_logits):
 
 def weight_dimensions(weights, positions):
     scalars = jax.tree.map(lambda _: (), weights.scalars)
-    dimensions = {"class_weight": (CLASSES,), "sample_weight": positions, "where": positions, "scale": ()}
+    dimensions = {"class_weight": (CLASSES,), "sample_weight": positions, "where": positions, "temperature": ()}
     return weights._replace(scalars=scalars, **dimensions)
 
 
@@ -93,10 +93,10 @@ def _cost_inputs(options, weights, logits, positions):
     else:
         labels = report_values(options, keep, labels, masked=("logits_p",), logits_p=labels)
     labels = report_values(options, keep, labels, masked=(options.argument,), **{options.argument: logits})
-    labels, (logits, class_weight, scale), (keep, indices) = cast_alike(
-        options.form.shards, labels, (logits, class_weight, weights.scale), (keep, indices)
+    labels, (logits, class_weight, temperature), (keep, indices) = cast_alike(
+        options.form.shards, labels, (logits, class_weight, weights.temperature), (keep, indices)
     )
-    return CostInputs(logits, labels, class_weight, keep, positions.first, scale, indices)
+    return CostInputs(logits, labels, class_weight, keep, positions.first, temperature, indices)
 
 
 def with_stats(options, positions, loss, costs, prediction, weight):

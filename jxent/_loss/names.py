@@ -17,8 +17,8 @@ AT_ONCE = "the number of positions at once"
 
 ELSEWHERE = {
     # PyTorch
-    "input": (("logits", "log_probs", "hidden", "tokens"), ""),
-    "target": (("labels",), ""),
+    "input": (("logits", "log_probs", "hidden", "tokens", "logits_q"), ""),
+    "target": (("labels", "logits_p"), ""),
     "dim": (("axis",), ""),
     "weight": (("class_weight",), "one number per class; sample_weight has one per position"),
     "linear_weight": (("kernel",), LAYOUT),

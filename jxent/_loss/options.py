@@ -31,10 +31,7 @@ class Weights(NamedTuple):
     sample_weight: Array | None  # this and `where` broadcast to the positions
     where: Array | None
     scalars: Scalars  # None for one that is static
-    scale: Array | None = None  # of shape (), see `CostInputs`
-
-
-NOT_TRACED = Scalars._make(None for _ in Scalars._fields)
+    temperature: Array | None = None  # of shape (), see `CostInputs`
 
 
 def options_of(names, axis, labels, over: Over, scalars, ignore_index, reduction, softcap=None, return_stats=False):
@@ -60,12 +57,11 @@ def divergence_weights(function, temperature, sample_weight, where, logits, axis
     """The `Weights` of a divergence between logits, of which only shape and dtype are read, and others."""
     temperature = checks.scalar(function, "temperature", temperature, 0, math.inf, positive=True)
     _, sample_weight, where = checks.weights(function, None, sample_weight, where, logits, axis)
-    scale = None
-    if isinstance(temperature, Array):
-        scale = 1 / temperature.astype(compute_dtype(temperature.dtype))
-    elif temperature != 1:
-        scale = jnp.asarray(1 / temperature, compute_dtype(logits.dtype, *(other.dtype for other in others)))
-    return Weights(None, sample_weight, where, NOT_TRACED, scale)
+    if not isinstance(temperature, Array):
+        dtype = compute_dtype(logits.dtype, *(other.dtype for other in others))
+        temperature = None if temperature == 1 else jnp.asarray(temperature, dtype)
+    none_traced = Scalars._make(None for _ in Scalars._fields)
+    return Weights(None, sample_weight, where, none_traced, temperature)
 
 
 def scalars_of(options, weights):

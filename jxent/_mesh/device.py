@@ -39,7 +39,7 @@ def _over_devices(sweep, plan, sparse, name, grad):
     if name == "labels" and not sparse:
         return grad
     axes = plan.axes["v"] if name in ("hidden", "labels", "hidden_p") else plan.positions
-    if name == "scale":
+    if name == "temperature":
         axes = (*plan.axes["v"], *plan.positions)
     kernels = {"kernel": (sweep.vocab_axis, ""), "kernel_p": (sweep.vocab_axis_p, "p")}
     if name in kernels:

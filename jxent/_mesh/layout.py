@@ -27,7 +27,7 @@ def dimensions(vocab_axis, vocab_axis_p, inputs, coefficients):
         keep=positions,
         first=(),
         indices=(*positions, "k"),
-        scale=(),
+        temperature=(),
         hidden_p=(*positions, "hp"),
         kernel_p=("fp", "v") if vocab_axis_p else ("v", "fp"),
         bias_p=("v",),

@@ -45,7 +45,7 @@ class Inputs(NamedTuple):
     keep: Any  # (*positions,), False where a position does not count
     first: Any = None  # see `CostInputs`
     indices: Any = None  # (*positions, k), the classes of sparse labels, whose probabilities are `labels`
-    scale: Any = None  # likewise, and the rest for divergences: what else the logits of P are made of
+    temperature: Any = None  # likewise, and the rest for divergences: what else the logits of P are made of
     hidden_p: Any = None
     kernel_p: Any = None
     bias_p: Any = None
@@ -112,17 +112,19 @@ def _block(sweep, asked, cpu, inputs, coefficients):
     logits, labels = layer.logits(inputs.bias, sweep.precision), inputs.labels
     if layer_p is not None:
         labels = layer_p.logits(inputs.bias_p, sweep.precision)
-    of_block = CostInputs(logits, labels, inputs.class_weight, row_keep, inputs.first, inputs.scale, inputs.indices)
+    others = inputs.class_weight, row_keep, inputs.first, inputs.temperature, inputs.indices
+    of_block = CostInputs(logits, labels, *others)
     if not by_index(labels):
         of_block = counted(of_block)  # the hidden states are selected, but probabilities of what does not count are not
     if asked:
         out, residuals = costs_fwd(sweep.form, cpu, of_block)
     else:
         # Their gradients must vary over a mesh as they do.
-        labels, (logits, class_weight, scale), keep = cast_alike(
-            sweep.form.shards, of_block.labels, (of_block.logits, of_block.class_weight, of_block.scale), of_block.keep
+        of_classes = of_block.logits, of_block.class_weight, of_block.temperature
+        labels, (logits, class_weight, temperature), keep = cast_alike(
+            sweep.form.shards, of_block.labels, of_classes, of_block.keep
         )
-        of_block = CostInputs(logits, labels, class_weight, keep, inputs.first, scale, inputs.indices)
+        of_block = CostInputs(logits, labels, class_weight, keep, inputs.first, temperature, inputs.indices)
         out, residuals = costs_of_block((sweep.form, cpu), of_block), None
     swept = Swept(*jax.tree.map(lambda row: only(inputs.keep, row[..., 0]), out))
     if residuals is None:
@@ -139,7 +141,7 @@ def _block(sweep, asked, cpu, inputs, coefficients):
             again, _ = barrier(((residuals, to_costs), getattr(to_given, field)))
             terms = apart(getattr(costs_bwd(sweep.form, *again), field))
             grads[name] = jnp.sum(terms, tuple(range(terms.ndim - 1)))
-    for name in ("labels", "class_weight", "scale"):
+    for name in ("labels", "class_weight", "temperature"):
         if name in asked:
             grads[name] = getattr(to_given, name)
     return swept, grads
@@ -154,11 +156,11 @@ def _storable(name, dtype):
     That of float16 might not fit into float16. Those of `bias` and `class_weight` are small, and stay as they were
     summed, because they may be summed over devices yet.
     """
-    wide = dtype == jnp.float16 or name in ("bias", "class_weight", "scale", "bias_p")
+    wide = dtype == jnp.float16 or name in ("bias", "class_weight", "temperature", "bias_p")
     return compute_dtype(dtype) if wide else dtype
 
 
-def _float16_scale(coefficients, class_weight):
+def _float16_scale(coefficients, class_weight, temperature):
     """What to divide the coefficients by, so that the gradient of the logits neither overflows float16 nor vanishes.
 
     Its largest entries come to some 2**12 of at most 2**16, so that those of a confident position, 2**-36 times as
@@ -168,6 +170,8 @@ def _float16_scale(coefficients, class_weight):
     dtype = compute_dtype(*(c.dtype for c in coefficients.values()))
     sizes = [jnp.max(jnp.abs(c), initial=0).astype(dtype) * steepness(name) for name, c in coefficients.items()]
     largest = jnp.max(jnp.stack(sizes))
+    if temperature is not None:
+        largest /= temperature.astype(dtype)
     if class_weight is not None:
         largest *= jnp.maximum(jnp.max(jnp.abs(class_weight)).astype(dtype), jnp.finfo(jnp.float32).tiny)
     return jnp.where((largest > 0) & (largest < jnp.inf), largest, 1) / 2**12
@@ -200,7 +204,7 @@ def _swept(sweep, asked, cpu, inputs, coefficients):
     blocks = blocks_of(shape, sweep.block_size or max(1, default))
     scale = None
     if asked and jnp.float16 in [jnp.promote_types(hidden.dtype, kernel.dtype) for hidden, kernel in sides]:
-        scale = lax.stop_gradient(_float16_scale(coefficients, inputs.class_weight))
+        scale = lax.stop_gradient(_float16_scale(coefficients, inputs.class_weight, inputs.temperature))
         coefficients = jax.tree.map(lambda c: c / scale, coefficients)
 
     def finished(name, grad):
