@@ -170,11 +170,8 @@ def main():
     print(f"curves       {out / 'students.png'}")
     print(f"it took      {time.perf_counter() - start:.0f} s")
     batch = train_lm.training_batch(of_students, training, 0)
-    ours, full = (temporaries(of_students, teacher, batch, f) / 2**20 for f in (forward, dense))
-    print(
-        f"Temporaries of a step by forward KL: {ours:.3g} MiB with jxent, {full:.3g} MiB with full logits "
-        f"({full / ours:.1f}x)."
-    )
+    ours, full = (temporaries(of_students, teacher, batch, f) for f in (forward, dense))
+    train_lm.print_memory("a step by forward KL", ours, full)
 
 
 if __name__ == "__main__":

@@ -130,10 +130,10 @@ def heldout_batches(settings, tokens):
     return tokens[starts[:, None] + np.arange(settings.length)].reshape(-1, settings.batch, settings.length)
 
 
-def rotate(x):
+def rotate(x, start=0):
     """Rotary position embedding of x (batch, length, heads, features): attention then sees distances."""
     length, half = x.shape[1], x.shape[-1] // 2
-    angles = jnp.arange(length)[:, None] * 10_000.0 ** (-jnp.arange(half) / half)
+    angles = (start + jnp.arange(length))[:, None] * 10_000.0 ** (-jnp.arange(half) / half)
     cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
     a, b = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
@@ -152,11 +152,19 @@ class Block(nnx.Module):
         self.up = linear(features, 4 * features)
         self.down = linear(4 * features, features)
 
-    def __call__(self, x):
+    def __call__(self, x, past=None, start=0):
+        """Of x (batch, length, features) alone, or from `start` on of what has its keys and values in `past`."""
         batch, length, features = x.shape
         qkv = self.qkv(self.norm1(x)).reshape(batch, length, 3, self.heads, features // self.heads)
         query, key, value = (qkv[:, :, i] for i in range(3))
-        attended = jax.nn.dot_product_attention(rotate(query), rotate(key), value, is_causal=True)
+        query, key = rotate(query, start), rotate(key, start)
+        if past is None:
+            attended = jax.nn.dot_product_attention(query, key, value, is_causal=True)
+        else:
+            for name, new in (("key", key), ("value", value)):
+                past[name] = jax.lax.dynamic_update_slice_in_dim(past[name], new, start, axis=1)
+            causal = jnp.arange(past["key"].shape[1]) <= start + jnp.arange(length)[:, None]
+            attended = jax.nn.dot_product_attention(query, past["key"], past["value"], mask=causal[None, None])
         x = x + self.out(attended.reshape(x.shape))
         # The square of a ReLU (Primer) learns as well as a GELU, and its backward pass keeps one array, not several.
         return x + self.down(jnp.square(nnx.relu(self.up(self.norm2(x)))))
@@ -170,12 +178,18 @@ class Transformer(nnx.Module):
         self.blocks = nnx.List([Block(settings.features, settings.heads, rngs) for _ in range(settings.layers)])
         self.norm = nnx.RMSNorm(settings.features, rngs=rngs)
 
-    def __call__(self, tokens):
+    def __call__(self, tokens, past=None, start=0):
         # The embedding serves small at the output; at the input it is brought to the size of what the blocks add.
         x = self.embed(tokens) * math.sqrt(self.embed.features)
-        for block in self.blocks:
-            x = block(x)
+        for i, block in enumerate(self.blocks):
+            x = block(x, None if past is None else past[i], start)
         return self.norm(x)
+
+    def no_past(self, batch, length):
+        """Room for the keys and values of `length` positions, of each block."""
+        heads, features = self.blocks[0].heads, self.embed.features
+        room = jnp.zeros((batch, length, heads, features // heads))
+        return [{"key": room, "value": room} for _ in self.blocks]
 
 
 def jxent_loss(hidden, embedding, labels):
@@ -190,13 +204,14 @@ def full_logits_loss(hidden, embedding, labels):
     return jnp.sum(losses, where=counts) / jnp.sum(counts)
 
 
-def mean_loss(model, tokens, loss=jxent_loss):
-    return loss(model(tokens), model.embed.embedding, jxent.next_token_labels(tokens))
+def mean_loss(model, tokens, loss=jxent_loss, labels=None):
+    labels = jxent.next_token_labels(tokens) if labels is None else labels
+    return loss(model(tokens), model.embed.embedding, labels)
 
 
 @nnx.jit(static_argnames="loss")
-def train_step(model, optimizer, tokens, loss=jxent_loss):
-    value, grads = nnx.value_and_grad(mean_loss)(model, tokens, loss)
+def train_step(model, optimizer, tokens, loss=jxent_loss, labels=None):
+    value, grads = nnx.value_and_grad(mean_loss)(model, tokens, loss, labels)
     optimizer.update(model, grads)
     return value
 
@@ -221,21 +236,37 @@ def update_rule(settings):
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.95, weight_decay=0.1))
 
 
-@nnx.jit
-def generate(model, tokens, start, key, temperature=0.8):
-    """Fills the buffer `tokens` (1, length) from `start` on, drawing each token from the 40 most probable."""
-
-    def draw(i, tokens):
-        logits = model(tokens)[0, i - 1] @ model.embed.embedding.T / temperature
-        best, indices = jax.lax.top_k(logits, 40)
-        return tokens.at[0, i].set(indices[jax.random.categorical(jax.random.fold_in(key, i), best)])
-
-    return jax.lax.fori_loop(start, tokens.shape[1], draw, tokens)
+def draw_from_best(logits, key):
+    best, indices = jax.lax.top_k(logits / 0.8, 40)
+    chosen = jax.random.categorical(key, best)
+    return jnp.take_along_axis(indices, chosen[:, None], axis=1)[:, 0]
 
 
-def temporaries(model, optimizer, tokens, loss):
+@nnx.jit(static_argnames=("start", "draw"))
+def generate(model, tokens, start, key, draw=draw_from_best):
+    """Fills `tokens` (batch, length) from `start` on; `draw(logits, key)` draws the next token of each row."""
+
+    def write_next(i, carry):
+        tokens, past, hidden = carry
+        drawn = draw(hidden @ model.embed.embedding.T, jax.random.fold_in(key, i))
+        return tokens.at[:, i].set(drawn), past, model(drawn[:, None], past, i)[:, 0]
+
+    past = model.no_past(*tokens.shape)
+    hidden = model(tokens[:, :start], past)[:, -1]
+    return jax.lax.fori_loop(start, tokens.shape[1], write_next, (tokens, past, hidden))[0]
+
+
+def temporaries(model, optimizer, tokens, loss, labels=None):
     """Bytes that the compiled training step holds besides its arguments and results."""
-    return train_step.lower(model, optimizer, tokens, loss).compile().memory_analysis().temp_size_in_bytes
+    return train_step.lower(model, optimizer, tokens, loss, labels).compile().memory_analysis().temp_size_in_bytes
+
+
+def print_memory(what, ours, full):
+    """Of programs with jxent and with full logits, the bytes that they hold besides their arguments and results."""
+    mib = ours / 2**20, full / 2**20
+    print(
+        f"Temporaries of {what}: {mib[0]:.3g} MiB with jxent, {mib[1]:.3g} MiB with full logits ({full / ours:.1f}x)."
+    )
 
 
 def save(manager, model, optimizer, settings, history):
@@ -362,15 +393,12 @@ def main():
     plot(history, out / "curves.png")
     before, after = history["heldout"][0][1], history["heldout"][-1][1]
     batch = training_batch(settings, training, step=0)
-    ours, full = (temporaries(model, optimizer, batch, loss) / 2**20 for loss in (jxent_loss, full_logits_loss))
     print(f"held-out perplexity  {math.exp(before):,.0f} before training, {math.exp(after):,.1f} after")
     print(f"bits per byte        {after / math.log(2) / bytes_per_token:.2f}")
     print(f"curves               {out / 'curves.png'}")
     print(f"all of it took       {time.perf_counter() - start:.0f} s")
-    print(
-        f"Temporaries of the training step: {ours:.3g} MiB with jxent, {full:.3g} MiB with full logits "
-        f"({full / ours:.1f}x)."
-    )
+    ours, full = (temporaries(model, optimizer, batch, loss) for loss in (jxent_loss, full_logits_loss))
+    print_memory("the training step", ours, full)
 
 
 if __name__ == "__main__":
