@@ -5,10 +5,11 @@
     python benchmarks/fuzz.py --smoke               # some seconds
     python benchmarks/fuzz.py --seed 7 --programs 42 --out fuzz.json     # a hundred thousand, and their record
 
-Each program is a random `Config` of tests/random_calls.py: function, shapes, dtypes, options. It gets many cases of
-random values, some of them hostile. float16, bfloat16 and float32 are judged in float64, and a few cases of every
-program with 50 digits; float64 with 50 digits alone. Prints the worst relative errors in Markdown, and whatever exceeds
-what is promised, with the configuration and the seed; with `--out` writes a JSON record; exits with 1 if anything does.
+Each program is a random `Config` of tests/random_calls.py, or of random_divergences.py or random_sigmoid.py beside it:
+function, shapes, dtypes, options. It gets many cases of random values, some of them hostile. float16, bfloat16 and
+float32 are judged in float64, and a few cases of every program with many digits; float64 with many digits alone. Prints
+the worst relative errors in Markdown, and whatever exceeds what is promised, with the configuration and the seed; with
+`--out` writes a JSON record; exits with 1 if anything does.
 """
 
 import argparse
@@ -24,12 +25,18 @@ from tqdm import tqdm
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests"))
 import oracle
 import random_calls as calls
+import random_divergences as divergences
+import random_sigmoid as sigmoid
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+MODULES = {module.Config: module for module in (calls, divergences, sigmoid)}
 
 
-def random_config(rng):
-    """One of the many; half of the programs are in float32."""
+def random_config(rng, number):
+    """One of the many; half of the programs are in float32.
+
+    Of six in a row three are of the losses of classes, two of divergences, and one is of a yes or no.
+    """
 
     def flag():
         return bool(rng.integers(2))
@@ -37,21 +44,29 @@ def random_config(rng):
     def one_of(*values):
         return values[rng.integers(len(values))]
 
+    kinds = random_loss, random_divergence, random_loss, random_sigmoid, random_loss, random_divergence
+    return kinds[number % len(kinds)](flag, one_of, one_of("float32", "float32", "float32", *DTYPES[1:]))
+
+
+def random_loss(flag, one_of, dtype):
     function = one_of("cross_entropy", "cross_entropy", "linear_cross_entropy", "nll_loss")
     linear, nll = function == "linear_cross_entropy", function == "nll_loss"
-    probabilities = flag()
+    entries = one_of(0, 0, 1, 3, 6)
+    probabilities = entries > 0 or flag()
+    of_stats = ("loss",), ("loss", *calls.STATS), ("loss", "entropy"), ("log_prob", "log_normalizer"), ("entropy",)
     return calls.Config(
         function=function,
         positions=one_of((1,), (4,), (7,), (2, 3)),
         classes=one_of(1, 2, 3, 5, 10, 33, 100),
         features=one_of(1, 3, 8),
         axis=one_of(-1, 0) if linear else one_of(-1, 0, 1),
-        dtype=one_of("float32", "float32", "float32", *DTYPES[1:]),
+        dtype=dtype,
         probabilities=probabilities,
+        entries=entries,
         class_weight=flag(),
         sample_weight=flag(),
         where=flag(),
-        ignored=not probabilities and flag(),
+        ignored=(entries > 0 or not probabilities) and flag(),
         label_smoothing=0.0 if nll else one_of(0.0, 0.1, 1.0),
         z_loss_weight=0.0 if nll else one_of(0.0, 1e-3),
         logit_softcap=None if nll else one_of(None, None, 30.0, 5.0),
@@ -60,12 +75,49 @@ def random_config(rng):
         block_size=one_of(None, 1, 3) if linear else None,
         recompute=linear and flag(),
         reduction=one_of("mean", "sum", "none"),
+        differentiated=("loss",) if nll else one_of(("loss",), *of_stats),
+    )
+
+
+def random_divergence(flag, one_of, dtype):
+    linear, jensen_shannon = flag(), flag()
+    return divergences.Config(
+        function=f"{'linear_' if linear else ''}{'js' if jensen_shannon else 'kl'}_divergence",
+        positions=one_of((1,), (4,), (7,), (2, 3)),
+        classes=one_of(1, 2, 3, 5, 10, 33, 100),
+        features=one_of((3, 3), (8, 8), (1, 4)),
+        axis=one_of((-1, -1), (-1, 0), (0, -1)) if linear else one_of(-1, 0, 1),
+        dtype=dtype,
+        beta=one_of(0.5, 0.1, 0.9) if jensen_shannon else None,
+        temperature=one_of(1.0, 1.0, 0.5, 1.25, 4.0),
+        traced=flag(),
+        sample_weight=flag(),
+        where=flag(),
+        bias=linear and flag(),
+        block_size=one_of(None, 1, 3) if linear else None,
+        recompute=linear and flag(),
+        reduction=one_of("mean", "sum", "none"),
+    )
+
+
+def random_sigmoid(flag, one_of, dtype):
+    return sigmoid.Config(
+        positions=one_of((1,), (7,), (2, 3), (3, 5)),
+        dtype=dtype,
+        labels=one_of("float", "float", "int", "bool"),
+        pos_weight=flag(),
+        sample_weight=flag(),
+        where=flag(),
+        label_smoothing=one_of(0.0, 0.1, 1.0),
+        traced=flag(),
+        reduction=one_of("mean", "sum", "none"),
     )
 
 
 def judged(config, seed, cases):
-    """[(number of cases, name -> fraction of the bound)]: in float64 arithmetic, and with 50 digits for some."""
-    few = max(1, min(cases, 300 // (config.number * config.classes)))
+    """[(number of cases, name -> fraction of the bound)]: in float64 arithmetic, and with many digits for some."""
+    calls = MODULES[type(config)]
+    few = max(1, min(cases, 300 // (config.number * getattr(config, "classes", 1))))
     found = []
     for number, arithmetic in ((cases, oracle.Float64), (few, oracle.Digits)):
         if arithmetic is oracle.Digits or config.dtype != "float64":
@@ -78,9 +130,14 @@ def judged(config, seed, cases):
 def options(config):
     """What the second table has a row for; of a program with a soft cap only that."""
     for option, value in config._asdict().items():
-        told = option not in ("function", "dtype", "features") and value not in (False, None, 0.0)
-        if told and (option == "logit_softcap" or config.logit_softcap is None):
-            yield option if value is True else f"{option}={value}"
+        told = option not in ("function", "dtype", "features") and value not in (False, None, 0.0, ("loss",))
+        if told and (option == "logit_softcap" or not capped(config)):
+            text = "+".join(value) if option == "differentiated" else value
+            yield option if value is True else f"{option}={text}"
+
+
+def capped(config):
+    return getattr(config, "logit_softcap", None) is not None
 
 
 def table(title, rows, errors, dtypes):
@@ -107,7 +164,7 @@ def main():
     worst = collections.defaultdict(float)  # (soft cap or not, function, quantity, dtype) -> relative error
     by_option = collections.defaultdict(float)  # (option, dtype) -> the same, of all quantities
     for number in tqdm(range(programs), unit="program", disable=None):
-        config, seed = random_config(rng), int(rng.integers(2**32))
+        config, seed = random_config(rng, number), int(rng.integers(2**32))
         results, wrong = [], []
         try:
             results = judged(config, seed, cases)
@@ -116,23 +173,23 @@ def main():
         for count, fractions in results:
             total += count
             for name, fraction in fractions.items():
-                error = fraction * calls.bound(config, name)
-                key = (config.logit_softcap is not None, config.function, name, config.dtype)
+                error = fraction * MODULES[type(config)].bound(config, name)
+                key = (capped(config), config.function, name, config.dtype)
                 worst[key] = max(worst[key], error)
                 for option in options(config):
                     by_option[option, config.dtype] = max(by_option[option, config.dtype], error)
                 if fraction > 1:
                     wrong.append({"cases": count, name: fraction})
         for what in wrong:
-            failures.append({"config": config._asdict(), "seed": seed, **what})
+            failures.append({"function": config.function, "config": config._asdict(), "seed": seed, **what})
             tqdm.write(str(failures[-1]))
         if number % 50 == 49:
             jax.clear_caches()
 
     print(f"{total:,} cases of {programs:,} programs, seed {args.seed}; JAX {jax.__version__}\n")
-    for capped in (False, True):
-        rows = {f"`{key[1]}`: {key[2]}": key[:3] for key in sorted(worst) if key[0] == capped}
-        table("with a soft cap" if capped else "no soft cap", rows, worst, DTYPES)
+    for cap in (False, True):
+        rows = {f"`{key[1]}`: {key[2]}": key[:3] for key in sorted(worst) if key[0] == cap}
+        table("with a soft cap" if cap else "no soft cap", rows, worst, DTYPES)
     rows = {key[0]: key[:1] for key in sorted(by_option)}
     table("option, of all quantities", rows, by_option, ("float32", "float64"))
     print(f"{len(failures)} above what is promised")

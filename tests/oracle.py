@@ -168,3 +168,141 @@ def derivatives(logits, labels, v, label_smoothing=0.0, arithmetic=Float64):
     mean, size = (p * u).sum(-1, keepdims=True), (p * abs(u)).sum(-1, keepdims=True)
     tangent, terms = mean - (share * u).sum(-1, keepdims=True), size + (share * abs(u)).sum(-1, keepdims=True)
     return Derivatives(tangent[..., 0], terms[..., 0], p * (u - mean), p * (abs(u) + size))
+
+
+# --- divergences ------------------------------------------------------------------------------------------------------
+
+
+class Divergence(NamedTuple):
+    """The divergence of rows, and what belongs to its gradients by the logits of either side, divided as they are."""
+
+    value: np.ndarray
+    underflow: np.ndarray  # what may be lost of it
+    of_p: "Side"
+    of_q: "Side"
+
+
+class Side(NamedTuple):
+    gradient: np.ndarray
+    terms: np.ndarray  # the magnitudes of the terms of each element
+    size: np.ndarray  # what its error is relative to: the largest element or term of its row
+    underflow: np.ndarray
+    z: np.ndarray  # the logits divided by the temperature, less the largest; 0 for a masked class
+
+
+def divergence(logits_p, logits_q, temperature, beta, kind, arithmetic=Float64):
+    """KL(P || Q), or for a number beta the Jensen-Shannon divergence.
+
+    With digits to spare it is the definition. In float64 d = z_q - z_p is taken from the logits, u = log q - log p from
+    d, and differences of neighbours from these, or rows that nearly agree would leave nothing to judge by. In the
+    gradient of an infinite KL a class that Q alone masks has the smallest exponential.
+
+    What underflows is for a dtype, `kind` being its `np.finfo`: a probability a below 16 times the smallest number is
+    lost with its multiples, among which are up to 60 a / eps of another probability b in b - a - a (log b - log a).
+    """
+    a, least = arithmetic, 16 * float(kind.tiny)
+    x_p, x_q = a.array(logits_p), a.array(logits_q)
+    masked_p, masked_q = x_p == -np.inf, x_q == -np.inf
+    zero, infinite = 0 * a.array(1), a.array(np.inf)
+    top_p, top_q = (np.max(x, -1, keepdims=True) for x in (x_p, x_q))
+    z_p, z_q = (x_p - top_p) / temperature, (x_q - top_q) / temperature
+    (log_p, _, log_z_p), (log_q, _, log_z_q) = normalized(z_p, a), normalized(z_q, a)
+    p, q = a.exp(log_p), a.exp(log_q)
+    d = ((x_q - top_q) - (x_p - top_p)) / temperature
+    d = np.where(masked_p, np.where(masked_q, zero, infinite), np.where(masked_q, -infinite, d))
+    ratio = (log_z_q - log_z_p)[..., None]
+    if a is Float64:
+        difference = np.sum(_difference(np.exp(z_p), np.exp(z_q), d, a), -1, keepdims=True)
+        ratio = np.where(abs(ratio) < 1, np.log1p(difference / np.exp(log_z_p)[..., None]), ratio)
+    u = d - ratio
+    z_p, z_q = np.where(masked_p, zero, z_p), np.where(masked_q, zero, z_q)
+    largest_p, largest_q = np.argmax(x_p, -1)[..., None], np.argmax(x_q, -1)[..., None]
+
+    def small(weight, cost):
+        return np.where((weight == 0) | (weight >= least), zero, 16 * weight * abs(cost))
+
+    def small_excess(weight, other, cost):
+        return np.sum(small(weight, cost) + np.minimum(small(weight, 60 / float(kind.eps)), 16 * other), -1)
+
+    def by_scores(weight, p, scores, distance, masked, z):
+        """Of the mean of scores. Relative to that of the largest logit they add nothing for a class with p near 1.
+
+        A score has the rounding of its distance, which is as small as itself if the rows nearly agree.
+        """
+        v, size = (np.where(masked, zero, array) for array in (scores, abs(scores) + distance))
+        lost = small(p, v)
+        mean, mean_size, all_lost = (np.sum(part, -1, keepdims=True) for part in (p * v, p * size, lost))
+        gradient, terms, lost = (
+            weight * part for part in (p * (v - mean), p * (size + mean_size), lost + p * all_lost)
+        )
+        return Side(gradient, terms, np.max(terms, -1, keepdims=True), lost, z)
+
+    def relative(array, at):
+        return array - np.take_along_axis(array, at, -1)
+
+    if beta is None:
+        lost = ~masked_p & masked_q
+        value = np.sum(np.where(lost, zero, _excess(p, q, u, a)), -1)
+        value = np.where(np.any(lost & (p >= float(kind.tiny)), -1), infinite, value)
+        d = np.where(lost, a.array(np.log(float(kind.tiny))), d)
+        far = abs(d) + abs(np.take_along_axis(d, largest_p, -1))
+        of_p = by_scores(1, p, -relative(d, largest_p), np.where(relative(d, largest_p) == 0, zero, far), masked_p, z_p)
+        to_q = _difference(p, q, u, a)
+        # With p and q near 1 an element is minus the sum of the others, which may cancel.
+        size, at_largest = abs(to_q), np.arange(p.shape[-1]) == largest_q
+        of_others = np.where(at_largest, np.sum(np.where(at_largest, zero, size), -1, keepdims=True), zero)
+        of_q = Side(to_q, p + q, np.maximum(np.max(size, -1, keepdims=True), of_others), 0 * p, z_q)
+        return Divergence(value, small_excess(p, q, np.where(lost, zero, u)), of_p, of_q)
+    beta = a.array(beta)
+    to_m_p, to_m_q = _log_mean(u, beta, a), _log_mean(-u, 1 - beta, a)  # log m - log p, log m - log q
+    m = beta * p + (1 - beta) * q
+    value = np.sum(beta * _excess(p, m, to_m_p, a) + (1 - beta) * _excess(q, m, to_m_q, a), -1)
+    underflow = small_excess(p, m, to_m_p) + small_excess(q, m, to_m_q)
+
+    def of_side(share, p, u, d, largest, masked, z):
+        # Of a distance as much as the other side has of the mean.
+        far = times(1 / (1 + share / (1 - share) * a.exp(-u)), abs(d))
+        far = far + np.take_along_axis(far, largest, -1)
+        return by_scores(share, p, -_log_mean_step(u, d, largest, share, a), far, masked, z)
+
+    of_p = of_side(beta, p, u, d, largest_p, masked_p, z_p)
+    return Divergence(value, underflow, of_p, of_side(1 - beta, q, -u, -d, largest_q, masked_q, z_q))
+
+
+def _difference(a, b, u, arithmetic):
+    """b - a, for numbers with u = log b - log a."""
+    if arithmetic is Digits:
+        return b - a
+    near = abs(u) < 1
+    return np.where(near, a * np.expm1(np.where(near, u, 0)), b - a)
+
+
+def _excess(a, b, u, arithmetic):
+    """b - a - a u, which over all classes sums to what -a u does, and has one sign; a is 0 where u is infinite."""
+    direct = b - a - times(a, u)
+    if arithmetic is Digits:
+        return direct
+    near = abs(u) < 1
+    few = np.where(near, u, 0)
+    return np.where(near, a * (np.expm1(few) - few), direct)
+
+
+def _log_mean(u, share, arithmetic):
+    """log(share + (1 - share) exp(u))."""
+    a, zero = arithmetic, 0 * arithmetic.array(1)
+    above, below = np.where(u > 0, u, zero), np.where(u < 0, u, zero)
+    return np.where(u > 0, u + a.log1p(share * a.expm1(-above)), a.log1p((1 - share) * a.expm1(below)))
+
+
+def _log_mean_step(u, d, at, share, arithmetic):
+    """`_log_mean` less what it is at some class of each row; d differs from u by a number for each row."""
+    a = arithmetic
+    of_all = _log_mean(u, share, a)
+    direct = of_all - np.take_along_axis(of_all, at, -1)
+    if a is Digits:
+        return direct
+    there = np.take_along_axis(u, at, -1)
+    step = np.where(u == there, 0, d - np.take_along_axis(d, at, -1))
+    low, high = np.minimum(u, there), np.maximum(u, there)
+    rise = (1 - share) * _difference(np.exp(low), np.exp(high), abs(step), a) / np.exp(_log_mean(low, share, a))
+    return np.where(high < 700, np.sign(step) * np.log1p(rise), direct)

@@ -6,7 +6,10 @@ of oracle.py; `judge` compares. Cases come in batches, one leading axis (`jax.vm
 
 An error is relative to the sum of the magnitudes of the terms that make a quantity up, in the better of its two forms:
 V p[j] - a[j] or V (p[j] - 1) + sum over k != j of a[k], where V is the sum of the label weights a. So nothing is asked
-of digits that cancel in every form, and full relative precision wherever one form does not cancel.
+of digits that cancel in every form, and full relative precision wherever one form does not cancel. The gradients of
+statistics have such terms, too; those of the entropy are p[j] (m - x[j]) and p[j] times the mean of m - x.
+
+Sparse labels are judged as the class probabilities that they stand for.
 """
 
 from functools import partial
@@ -32,6 +35,7 @@ class Config(NamedTuple):
     axis: int = -1  # the class axis; the vocabulary's of a kernel
     dtype: str = "float32"
     probabilities: bool = False
+    entries: int = 0  # of `SparseLabels`, which are probabilities; 0 for labels of another kind
     class_weight: bool = False
     sample_weight: bool = False
     where: bool = False
@@ -44,10 +48,16 @@ class Config(NamedTuple):
     block_size: int | None = None
     recompute: bool = False
     reduction: str = "mean"
+    differentiated: tuple[str, ...] = ("loss",)  # what has a cotangent: the loss, statistics, or both
 
     @property
     def linear(self):
         return self.function == "linear_cross_entropy"
+
+    @property
+    def backward_matmuls(self):
+        """Whether gradients are taken in the backward pass alone, all in one, and not those of the loss forwards."""
+        return self.reduction == "none" or self.recompute
 
     @property
     def number(self):
@@ -72,20 +82,21 @@ def draw(config, rng, cases):
         if config.bias:
             values["bias"] = (rng.integers(-8, 9, (cases, c)) * unit[:, 0]).astype(config.dtype)
     else:
-        values["logits"] = scores(config, rng, shape).astype(config.dtype)
-    labels = rng.integers(0, c, (cases, n))
+        values["logits"] = scores(config, rng, shape)
+    labels, masked = rng.integers(0, c, (cases, n)), np.zeros(shape, bool)
     if not config.linear:  # of some, a class that is not masked; half the time the largest
         x = values["logits"].astype(np.float64)
-        largest = np.argmax(x, -1)
-        masked = np.isneginf(np.take_along_axis(x, labels[..., None], -1)[..., 0])
-        labels = np.where(masked | (rng.random((cases, n)) < 0.5), largest, labels)
-    if config.probabilities:
+        largest, masked = np.argmax(x, -1), np.isneginf(x)
+        label_masked = np.take_along_axis(masked, labels[..., None], -1)[..., 0]
+        labels = np.where(label_masked | (rng.random((cases, n)) < 0.5), largest, labels)
+    if config.entries:
+        values["indices"], q = entries(config, rng, labels, masked)
+        values["labels"] = q.astype(config.dtype)
+    elif config.probabilities:
         q = rng.dirichlet(np.full(c, 0.3), (cases, n))
         q *= rng.random(shape) < 0.8
         q = np.where(rng.random((cases, n, 1)) < 0.2, np.eye(c)[labels], q)
-        if not config.linear:
-            q = np.where(np.isneginf(x), 0, q)
-        values["labels"] = q.astype(config.dtype)
+        values["labels"] = np.where(masked, 0, q).astype(config.dtype)
     else:
         if config.ignored:
             labels = np.where(rng.random((cases, n)) < 0.3, -100, labels)
@@ -96,12 +107,35 @@ def draw(config, rng, cases):
         values["sample_weight"] = (rng.uniform(0.25, 4, (cases, n)) * (rng.random((cases, n)) < 0.9)).astype(wide)
     if config.where:
         values["where"] = rng.random((cases, n)) < 0.7
-    values["cotangent"] = rng.uniform(-2, 2, (cases, n)).astype(wide)
-    for name, keep in (("logits", counts(config, values)), ("hidden", counts(config, values))):
-        if name in values:  # what does not count may be anything
-            garbage = rng.choice([np.nan, np.inf, -np.inf, 6e4, 0.0], values[name].shape)
-            values[name] = np.where(keep[..., None], values[name], garbage.astype(values[name].dtype))
-    return values
+    for name in config.differentiated:  # of statistics, in some cases only of some
+        some = 1 if name == "loss" else rng.random((cases, 1)) < 0.8
+        values[f"{name} cotangent"] = (rng.uniform(-2, 2, (cases, n)) * some).astype(wide)
+    of_positions = ("logits", "hidden", "labels") if config.probabilities else ("logits", "hidden")
+    return values | anything_elsewhere(rng, counts(config, values), values, of_positions)
+
+
+def anything_elsewhere(rng, keep, values, names):
+    """Those of the named arrays that there are, with garbage where a position does not count."""
+    spoilt = {}
+    for name in (name for name in names if name in values):
+        array = values[name]
+        garbage = rng.choice([np.nan, np.inf, -np.inf, 6e4, 0.0], array.shape).astype(array.dtype)
+        spoilt[name] = np.where(keep if array.ndim == keep.ndim else keep[..., None], array, garbage)
+    return spoilt
+
+
+def entries(config, rng, labels, masked):
+    """(indices, probabilities) of sparse labels: classes that repeat, padding of any index, sums of less than 1."""
+    shape, row = (*labels.shape, config.entries), (*labels.shape, 1)
+    indices = np.where(np.arange(config.entries) == 0, labels[..., None], rng.integers(0, config.classes, shape))
+    q = rng.dirichlet(np.full(config.entries, 0.3), labels.shape) * (rng.random(shape) < 0.8)
+    q = np.where(rng.random(row) < 0.2, np.arange(config.entries) == 0, q * rng.choice([1.0, 1.0, 0.9, 0.3], row))
+    q = np.where(np.take_along_axis(masked, indices, -1), 0, q)
+    padding = (q == 0) & (rng.random(shape) < 0.5)
+    indices = np.where(padding, rng.choice([-100, -1, -7, config.classes, 2**31 - 1], shape), indices)
+    if config.ignored:
+        indices = np.where(rng.random(row) < 0.3, -100, indices)
+    return indices.astype(np.int32), q
 
 
 def scores(config, rng, shape):
@@ -120,7 +154,13 @@ def scores(config, rng, shape):
         x = np.where(kind == 2, rng.choice([limit, -limit, limit / 4, 1.0, 0.0], each), x)
         x = np.where((kind >= 20) & (rng.random(each) < 0.3), -np.inf, x)
         x = np.where(np.all(np.isneginf(x), -1, keepdims=True), 0.0, x)
-    return np.clip(x, -65504, 65504) if config.dtype == "float16" else x
+    return held(config, x)
+
+
+def held(config, x):
+    """Logits as their dtype has them, within its range; masked ones stay so."""
+    x = np.where(np.isneginf(x), x, np.clip(x, -65504, 65504)) if config.dtype == "float16" else x
+    return x.astype(config.dtype)
 
 
 def tiny(config):
@@ -130,8 +170,22 @@ def tiny(config):
 
 def counts(config, values):
     labels = values["labels"]
-    keep = np.ones(labels.shape[:2], bool) if config.probabilities else labels != -100
+    if config.entries:
+        keep = np.any(values["indices"] != -100, -1)
+    else:
+        keep = np.ones(labels.shape[:2], bool) if config.probabilities else labels != -100
     return keep & values["where"] if config.where else keep
+
+
+def dense(config, values, arithmetic):
+    """The labels, of which sparse ones are written as the class probabilities that they stand for."""
+    if not config.entries:
+        return values["labels"]
+    a, q = arithmetic, 0
+    for index, share in zip(*(np.moveaxis(values[name], -1, 0) for name in ("indices", "labels")), strict=True):
+        here = index[..., None] == np.arange(config.classes)
+        q = q + np.where(here, a.array(share)[..., None], 0 * a.array(1))
+    return q
 
 
 # --- jxent ------------------------------------------------------------------------------------------------------------
@@ -163,6 +217,8 @@ def call(config, values):
         if "sample_weight" in wanted:
             given["sample_weight"] = wanted["sample_weight"].reshape(shape)
         labels = wanted["labels"].reshape(*shape, -1) if config.probabilities else values["labels"].reshape(shape)
+        if config.entries:
+            labels = jxent.SparseLabels(values["indices"].reshape(*shape, -1), labels)
         given["reduction"] = config.reduction
         if config.linear:
             kernel = wanted["kernel"] if last else wanted["kernel"].T
@@ -171,15 +227,21 @@ def call(config, values):
             given |= {"block_size": config.block_size, "recompute": config.recompute}
             out = jxent.linear_cross_entropy(hidden, kernel, labels, **given)
         else:
-            labels = place(labels) if config.probabilities else labels
+            labels = place(labels) if config.probabilities and not config.entries else labels
             out = getattr(jxent, config.function)(place(wanted["logits"]), labels, axis=config.axis, **given)
-        return out if isinstance(out, tuple) else (out, None)
+        value, stats = out if isinstance(out, tuple) else (out, None)
+        differentiated = {name: value if name == "loss" else getattr(stats, name) for name in config.differentiated}
+        return differentiated, (value, stats)
 
-    value, pull, stats = jax.vjp(loss, wanted, has_aux=True)
-    cotangent = values["cotangent"].astype(value.dtype)
-    cotangent = cotangent.reshape(shape) if config.reduction == "none" else cotangent[0]
-    sharding = jax.typeof(value).sharding
-    (gradients,) = pull(cotangent if sharding.mesh.empty else reshard(cotangent, sharding))
+    differentiated, pull, (value, stats) = jax.vjp(loss, wanted, has_aux=True)
+
+    def cotangent(name, like):
+        given = values[f"{name} cotangent"].astype(like.dtype)
+        given = given.reshape(shape) if like.ndim else given[0]
+        sharding = jax.typeof(like).sharding
+        return given if sharding.mesh.empty else reshard(given, sharding)
+
+    (gradients,) = pull({name: cotangent(name, like) for name, like in differentiated.items()})
     return value, stats, gradients
 
 
@@ -230,7 +292,7 @@ def _expected(config, values, a):
     if config.linear:
         hidden = a.array(np.where(keep[..., None], values["hidden"].astype(np.float64), 0))
         kernel = a.array(values["kernel"])
-        x = _matmul(hidden, kernel)
+        x = matmul(hidden, kernel)
         if config.bias:
             x = x + a.array(values["bias"])[:, None]
     else:
@@ -238,13 +300,13 @@ def _expected(config, values, a):
         subnormal = np.abs(logits) < tiny(config)  # which XLA takes for 0
         x = a.array(np.where(subnormal, 0, logits))
     b, n, _ = x.shape
-    eps, z = _as_held(config, config.label_smoothing), _as_held(config, config.z_loss_weight)
+    eps, z = as_held(config, config.label_smoothing), as_held(config, config.z_loss_weight)
     t = oracle.terms(
         x,
-        values["labels"],
+        dense(config, values, a),
         class_weight=values["class_weight"][:, None] if config.class_weight else None,
         sample_weight=values.get("sample_weight"),
-        where=values.get("where"),
+        where=keep,
         label_smoothing=eps,
         z_loss_weight=z,
         logit_softcap=config.logit_softcap,
@@ -252,7 +314,8 @@ def _expected(config, values, a):
         arithmetic=a,
     )
     x, masked, log_p, q, w, share, s = t.logits, t.masked, t.log_p, t.q, t.class_weight, t.share, t.sample_weight
-    g = a.array(values["cotangent"] if config.reduction == "none" else np.repeat(values["cotangent"][:, :1], n, 1))
+    g = {name: a.array(values.get(f"{name} cotangent", np.zeros((b, n)))) for name in ("loss", *STATS)}
+    of_loss = g["loss"] if config.reduction == "none" else np.repeat(g["loss"][:, :1], n, 1)
     u = None if config.logit_softcap is None else np.where(masked, 0 * one, x) / config.logit_softcap
     p, cost = a.exp(log_p), -log_p
     label_weight = w * share
@@ -265,7 +328,7 @@ def _expected(config, values, a):
     total = np.sum(weight, -1, keepdims=True)
     divisor = np.where(total == 0, a.array(np.nan), total)  # the mean of nothing
     mean = config.reduction == "mean"
-    per = g / divisor if mean else g  # what multiplies each position's loss
+    per = np.where(total == 0, 0 * one, of_loss / divisor) if mean else of_loss  # what multiplies each position's loss
     found = {}
 
     least = 16 * tiny(config)
@@ -301,29 +364,39 @@ def _expected(config, values, a):
         plain = np.where(near, others + v * not_p, v * p + label_weight)
         scale = plain + 2 * z * lse_scale[..., None] * p
         lost = least * (1 + abs(ks) * (v + 2 * z * lse_scale[..., None]))  # a probability that is multiplied
-        lost = np.broadcast_to(lost, dy.shape)
         far = np.where(np.asarray(log_p, np.float64) < -64, 2.0, 1.0)
         slope = one if u is None else 1 / a.cosh(u) ** 2
         if u is not None:
             far = far + np.asarray(abs(u), np.float64) * 2 * np.finfo(np.float32).eps / 5e-6
-        dy, scale = np.where(masked, 0 * one, ks * dy * slope), np.where(masked, 0 * one, abs(ks) * scale * slope)
+        below = _below(t, config.logit_softcap, a)
+        cotangents = {name: (g[name] * k)[..., None] for name in STATS}
+        of_stats, scale_of_stats, lost_of_stats = _of_statistics(cotangents, t, p, not_p, near, below)
+        dy, scale, lost = ks * dy + of_stats, abs(ks) * scale + scale_of_stats, lost + least * lost_of_stats
+        dy, scale = np.where(masked, 0 * one, dy * slope), np.where(masked, 0 * one, scale * slope)
         if config.linear:
             slack = float(np.max(far))
             back, transposed = np.swapaxes(hidden, 1, 2), np.swapaxes(kernel, 1, 2)
             under = 2 * step + lost  # the cotangent is at most 2
-            lost_hidden, lost_kernel = step + _matmul(under, abs(transposed)), step + _matmul(abs(back), under)
-            add("d hidden", _matmul(dy, transposed), _matmul(scale, abs(transposed)), slack, lost_hidden)
-            add("d kernel", _matmul(back, dy), _matmul(abs(back), scale), slack, lost_kernel)
+            step *= 1 + (len(config.differentiated) > 1)  # of two gradients that are added up
+            lost_hidden, lost_kernel = step + matmul(under, abs(transposed)), step + matmul(abs(back), under)
+            add("d hidden", matmul(dy, transposed), matmul(scale, abs(transposed)), slack, lost_hidden)
+            add("d kernel", matmul(back, dy), matmul(abs(back), scale), slack, lost_kernel)
             if config.bias:
                 add("d bias", np.sum(dy, 1), np.sum(scale, 1), slack, step + np.sum(lost, 1))
         else:
             add("d logits", dy, scale, far, step + lost)
     if config.probabilities:
-        dq = ks * w * (one - eps) * np.where(masked, 0 * one, cost)
-        add("d labels", dq, abs(dq), lost=step + least)
-    lost = np.sum(loss, -1, keepdims=True) / divisor if mean else None
+        parts = ks * w * (one - eps), -(g["log_prob"] * k)[..., None]
+        cost_of_present = np.where(masked, 0 * one, cost)
+        dq, scale = sum(parts) * cost_of_present, sum(map(abs, parts)) * cost_of_present
+        if config.entries:
+            dq, scale = (_at_entries(config, values, array) for array in (dq, scale))
+        add("d labels", dq, scale, lost=step + least)
+    lost = np.where(total == 0, 0 * one, np.sum(loss, -1, keepdims=True) / divisor) if mean else None
     if config.sample_weight:
-        ds, scale = per * unweighted, abs(per) * unweighted_scale
+        # Where nothing weighs, this 0 times a cost that overflows is NaN.
+        size = abs(np.where(total == 0, of_loss, per)) if mean else abs(per)
+        ds, scale = per * unweighted, size * unweighted_scale
         if mean:
             ds, scale = ds - per * lost * of_weight, scale + abs(per * lost) * of_weight
         add("d sample_weight", ds, scale)
@@ -337,6 +410,39 @@ def _expected(config, values, a):
     return found
 
 
+def _of_statistics(g, t, p, not_p, near, below):
+    """(gradient by x, the magnitudes of its terms, what multiplies an underflow) of statistics with cotangents g."""
+    of_label = np.sum(t.q, -1, keepdims=True)
+    others = _others(t.q)
+    to_label = np.where(near, of_label * not_p - others, t.q - of_label * p)
+    label_scale = np.where(near, of_label * not_p + others, t.q + of_label * p)
+    mean = np.sum(p * below, -1, keepdims=True)
+    gradient = g["log_prob"] * to_label + g["log_normalizer"] * p + g["entropy"] * p * (below - mean)
+    size = {name: abs(cotangent) for name, cotangent in g.items()}
+    scale = size["log_prob"] * label_scale + size["log_normalizer"] * p + size["entropy"] * p * (below + mean)
+    lost = size["log_prob"] * of_label + size["log_normalizer"] + size["entropy"] * (100 + mean)
+    return gradient, scale, lost
+
+
+def _below(t, cap, a):
+    """m - x[j]. Of a soft cap that saturates it is no difference of two tanh, but sinh(r - s) / (cosh r cosh s)."""
+    zero = 0 * t.log_z[..., None]
+    if cap is None:
+        return np.where(t.masked, zero, -t.log_p - t.log_z[..., None])
+    r, s = np.max(t.logits, -1, keepdims=True) / cap, np.where(t.masked, zero, t.logits) / cap
+    # The exponentials of all three, each without its smaller part, are those of r - s - |r| - |s|.
+    larger = a.exp(2 * np.minimum(r, zero) - 2 * np.maximum(s, zero))
+    smaller = -a.expm1(2 * (s - r)) / ((1 + a.exp(-2 * abs(r))) * (1 + a.exp(-2 * abs(s))))
+    return np.where(t.masked, zero, 2 * cap * larger * smaller)
+
+
+def _at_entries(config, values, array):
+    """What an array with a class axis has at the entries of sparse labels; 0 where an index is that of no class."""
+    index = values["indices"]
+    inside = np.clip(index, 0, config.classes - 1)
+    return np.where(index == inside, np.take_along_axis(array, inside, -1), 0)
+
+
 def _others(terms):
     """For each class the sum of the other classes' terms, none of which is taken off again."""
     zero = 0 * terms[..., :1]
@@ -344,11 +450,11 @@ def _others(terms):
     return before + np.cumsum(np.concatenate([zero, terms[..., :0:-1]], -1), -1)[..., ::-1]
 
 
-def _matmul(left, right):
+def matmul(left, right):
     return np.sum(left[..., :, :, None] * right[..., None, :, :], -2)
 
 
-def _as_held(config, value):
+def as_held(config, value):
     """An option as the loss holds it: in float32 unless the loss is float64."""
     return float(value if config.dtype == "float64" else np.float32(value))
 
@@ -364,13 +470,14 @@ def bound(config, name):
     kind = jnp.finfo(config.dtype)
     if name.startswith("d ") and kind.bits == 16 and name not in ("d class_weight", "d sample_weight"):
         roundings = 2 if name in ("d hidden", "d kernel") else 1  # of the logits' gradient, and at the end
-        if config.linear and config.dtype == "bfloat16" and config.reduction != "none" and not config.recompute:
-            roundings += 1  # when what was kept between the passes is multiplied by a cotangent
+        if config.linear and not config.backward_matmuls:
+            # What was kept between the passes is multiplied by a cotangent, and that of statistics comes on top.
+            roundings += (config.dtype == "bfloat16") + (len(config.differentiated) > 1)
         most += roundings * float(kind.eps) / 2
     return most
 
 
-def judge(config, values, got, want):
+def judge(config, values, got, want, bound=bound):
     """Name -> the largest error, as a fraction of the bound; inf for a wrong NaN or infinity, or a number for one."""
     worst = {}
     loss, loss_scale, *_ = want["loss"]

@@ -190,7 +190,7 @@ WAYS = [
 ]
 SHORT_WAYS = [
     *(("r", None, False, "mean"), ("r", 5, True, "sum"), ("r", 5, False, "none")),
-    *(("f", 5, True, "mean"), ("rf", 5, False, "mean")),
+    ("f", 5, True, "mean"),
 ]
 
 

@@ -1,4 +1,4 @@
-"""Properties of random calls: the definitions in float64 and with 50 digits, and identities that need no oracle.
+"""Properties of random calls: the definitions in float64 and with many digits, and identities that need no oracle.
 
 conftest.py says how many: a few, with `--exhaustive` more, and with `HYPOTHESIS_PROFILE=long` a thousand, anew each
 time. benchmarks/fuzz.py runs a million.
@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import random_calls as calls
+import random_divergences as divergences
+import random_sigmoid as sigmoid
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
@@ -27,14 +29,15 @@ def configs(draw, **fixed):
     function = draw(st.sampled_from(("cross_entropy", "linear_cross_entropy", "nll_loss")))
     positions = draw(st.sampled_from(((4,), (2, 3), (1,))))
     linear, nll = function == "linear_cross_entropy", function == "nll_loss"
-    flag = st.booleans()
+    flag, entries = st.booleans(), draw(st.sampled_from((0, 3, 1)))
     config = Config(
         function=function,
         positions=positions,
         classes=draw(st.sampled_from((5, 2, 1, 11))),
         axis=draw(st.sampled_from((-1, 0) if linear else (-1, 0, 1))),
         dtype=draw(st.sampled_from(("float32", "bfloat16", "float64", "float16"))),
-        probabilities=draw(flag),
+        probabilities=entries > 0 or draw(flag),
+        entries=entries,
         class_weight=draw(flag),
         sample_weight=draw(flag),
         where=draw(flag),
@@ -46,20 +49,74 @@ def configs(draw, **fixed):
         block_size=draw(st.sampled_from((None, 1, 3))) if linear else None,
         recompute=linear and draw(flag),
         reduction=draw(st.sampled_from(("mean", "sum", "none"))),
+        differentiated=("loss",) if nll else draw(st.sampled_from((("loss",), ("loss", *calls.STATS), ("entropy",)))),
     )
-    return config._replace(ignored=not config.probabilities and draw(flag))._replace(**fixed)
+    may_ignore = entries > 0 or not config.probabilities
+    return config._replace(ignored=may_ignore and draw(flag))._replace(**fixed)
+
+
+@st.composite
+def divergence_configs(draw):
+    linear, beta, flag = draw(st.booleans()), draw(st.sampled_from((None, 0.5, 0.1))), st.booleans()
+    axes = ((-1, -1), (-1, 0), (0, -1)) if linear else (-1, 0, 1)
+    return divergences.Config(
+        function=f"{'linear_' if linear else ''}{'kl' if beta is None else 'js'}_divergence",
+        positions=draw(st.sampled_from(((4,), (2, 3), (1,)))),
+        classes=draw(st.sampled_from((5, 2, 1, 11))),
+        axis=draw(st.sampled_from(axes)),
+        dtype=draw(st.sampled_from(("float32", "bfloat16", "float64", "float16"))),
+        beta=beta,
+        temperature=draw(st.sampled_from((1.0, 1.25, 0.5))),
+        traced=draw(flag),
+        sample_weight=draw(flag),
+        where=draw(flag),
+        bias=linear and draw(flag),
+        block_size=draw(st.sampled_from((None, 1, 3))) if linear else None,
+        recompute=linear and draw(flag),
+        reduction=draw(st.sampled_from(("mean", "sum", "none"))),
+    )
+
+
+sigmoid_configs = st.builds(
+    sigmoid.Config,
+    positions=st.sampled_from(((2, 3), (4,), (1,))),
+    dtype=st.sampled_from(("float32", "bfloat16", "float64", "float16")),
+    labels=st.sampled_from(("float", "int", "bool")),
+    pos_weight=st.booleans(),
+    sample_weight=st.booleans(),
+    where=st.booleans(),
+    label_smoothing=st.sampled_from((0.0, 0.1, 1.0)),
+    traced=st.booleans(),
+    reduction=st.sampled_from(("mean", "sum", "none")),
+)
+
+
+def assert_as_defined(module, config, seed):
+    """Value and every gradient, against many digits for a few cases and float64 for more."""
+    few, many = (3, 0) if config.dtype == "float64" else (1, 64)
+    for cases, arithmetic in ((few, oracle.Digits), (many, oracle.Float64)):
+        if cases:
+            values = module.draw(config, np.random.default_rng(seed), cases)
+            want = module.expected(config, values, arithmetic)
+            worst = module.judge(config, values, module.run(config, values), want)
+            assert max(worst.values()) <= 1, worst
 
 
 @settings(max_examples=2 * settings().max_examples)
 @given(configs(), seeds)
 def test_definitions(config, seed):
-    """Loss, statistics and every gradient, against 50 digits for a few cases and float64 for more."""
-    few, many = (3, 0) if config.dtype == "float64" else (1, 64)
-    for cases, arithmetic in ((few, oracle.Digits), (many, oracle.Float64)):
-        if cases:
-            values = calls.draw(config, np.random.default_rng(seed), cases)
-            worst = calls.judge(config, values, calls.run(config, values), calls.expected(config, values, arithmetic))
-            assert max(worst.values()) <= 1, worst
+    assert_as_defined(calls, config, seed)
+
+
+@given(divergence_configs(), seeds)
+def test_definitions_of_divergences(config, seed):
+    assert_as_defined(divergences, config, seed)
+
+
+@settings(max_examples=2 * settings().max_examples)
+@given(sigmoid_configs, seeds)
+def test_definition_of_a_yes_or_no(config, seed):
+    assert_as_defined(sigmoid, config, seed)
 
 
 # --- identities -------------------------------------------------------------------------------------------------------
@@ -81,7 +138,8 @@ def assert_close(got, want, scale=0.0, bound=BOUND):
     assert np.all(same | (error <= most)), (got, want)
 
 
-plain = configs(dtype="float32", reduction="none", traced=False)
+of_loss = {"entries": 0, "differentiated": ("loss",)}
+plain = configs(dtype="float32", reduction="none", traced=False, **of_loss)
 
 
 @given(seeds, st.sampled_from((1, 2, 5, 11)), st.sampled_from((1.0, 256.0, -4096.0)))
@@ -135,12 +193,12 @@ def test_linear_cross_entropy_is_cross_entropy_of_the_logits(config, seed):
     assert_close(gradients["kernel"], hidden.T @ d, np.abs(hidden).T @ np.abs(d))
 
 
-@given(configs(dtype="float32", positions=(6,), reduction="sum"), seeds, st.sampled_from((1, 2, 3)))
+@given(configs(dtype="float32", positions=(6,), reduction="sum", **of_loss), seeds, st.sampled_from((1, 2, 3)))
 def test_micro_batches_add_up(config, seed, size):
     """Sums of parts are the sum; divided by the sum of their weights, the mean."""
     values = drawn(config, seed)
     total, stats, _ = calls.one(config, values)
-    of_positions = set(values) - {"kernel", "bias", "class_weight", "cotangent"}
+    of_positions = set(values) - {"kernel", "bias", "class_weight", "loss cotangent"}
     parts = []
     for start in range(0, 6, size):
         part = {k: v[start : start + size] if k in of_positions else v for k, v in values.items()}
@@ -153,7 +211,7 @@ def test_micro_batches_add_up(config, seed, size):
         assert_close(mean, np.float64(total) / weight if weight else np.nan)
 
 
-@given(configs(dtype="float32"), seeds)
+@given(configs(dtype="float32", **of_loss), seeds)
 def test_order_does_not_matter(config, seed):
     """Permuted positions and classes give the same loss, and permuted gradients."""
     config = config._replace(positions=(config.number,), reduction="sum")
@@ -202,7 +260,7 @@ def test_a_masked_class_is_a_removed_class(config, seed):
     assert not np.any(got[judged, last])
 
 
-@given(configs(dtype="float32", reduction="mean").filter(lambda c: c.function != "nll_loss"), seeds)
+@given(configs(dtype="float32", reduction="mean", **of_loss).filter(lambda c: c.function != "nll_loss"), seeds)
 def test_the_mean_is_the_sum_by_the_weight(config, seed):
     values = drawn(config, seed)
     mean, stats, _ = calls.one(config, values)
@@ -240,11 +298,12 @@ def test_sharding_changes_nothing(config, seed, spec, kind):
 
     def over(name, array):
         array = array[0]
-        if name == "cotangent" or (array.ndim == 1 and len(array) != 16):
+        if name.endswith("cotangent") or (array.ndim == 1 and len(array) != 16):
             return array
         if len(array) == 16:
             array = array.reshape(8, 2, *array.shape[1:])
-        axes = P(None, spec[2] if len(spec) == 3 else None) if name == "kernel" else P(*spec[: array.ndim])
+        of_positions = 2 if config.entries and name in ("labels", "indices") else array.ndim
+        axes = P(None, spec[2] if len(spec) == 3 else None) if name == "kernel" else P(*spec[:of_positions])
         return jax.device_put(array, NamedSharding(mesh, axes))
 
     with jax.enable_x64(config.dtype == "float64"):

@@ -98,7 +98,9 @@ def result(name, dtype, label_dtype, jit):
     return (jax.jit(f) if jit else f)(floats, rest)
 
 
-@pytest.mark.covering(*(f"{name}-strict" for name in CALLS), "linear-leaks", "linear-all-NaN", "linear-all-no jit")
+@pytest.mark.covering(
+    *(f"{name}-strict" for name in CALLS), "linear-all-NaN", "cross_entropy-all-leaks", "nll_loss-probabilities-no jit"
+)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", CALLS)
 def test_strict_mode(name, mode):
