@@ -139,7 +139,7 @@ def main():
     args = parser.parse_args()
     out = args.out / "smoke" if args.smoke else args.out
     policy, tokenizer, training, heldout = sft.fine_tuned(args.smoke, out)
-    steps, prompts, every = (4, 2, 2) if args.smoke else (args.steps or 100, 8, 10)
+    steps, prompts, every = (4, 2, 2) if args.smoke else (args.steps or 60, 8, 10)
     training, heldout = (sources_of(examples, tokenizer) for examples in (training, heldout))
     reference = nnx.clone(policy)
     update_rule = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(LEARNING_RATE))

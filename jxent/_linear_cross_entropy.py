@@ -194,7 +194,7 @@ def _linear_cross_entropy(options, sweep, recompute, hidden, kernel, bias, label
         labels = report_labels(options, row_keep, labels, all_classes, hidden.ndim - 1, indices)
         labels = report_values(options, row_keep, labels, hidden=hidden)
         labels = report_values(options, None, labels, masked=("bias",), kernel=kernel, bias=bias)
-    class_weight = weights.class_weight if weighs_classes(options.form, labels) else None
+    class_weight = weights.class_weight if weighs_classes(options.form.costs, labels) else None
     inputs = Inputs(hidden, kernel, bias, labels, class_weight, positions.keep, positions.first, indices)
     coefficients = coefficients_of(options, weights, positions)
     weight = denominator(options, positions, hidden.shape[:-1], compute_dtype(hidden.dtype, kernel.dtype))

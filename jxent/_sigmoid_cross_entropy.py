@@ -160,14 +160,20 @@ def _fwd(dtype, inputs):
 def _slopes(dtype, inputs):
     """The derivatives of the loss by the inputs; None for an input that is not there, or has none."""
     x, w, a, b = _shares(dtype, inputs)
-    to_label = -x if w is None else (w - 1) * softplus(-x) - x
+    to_label = -x if w is None else _to_weighted_label(x, w)
     to_smoothing = None
     if inputs.smoothing is not None:
         to_smoothing = (0.5 - inputs.labels.astype(dtype)) * to_label
         to_label = (1 - inputs.smoothing.astype(dtype)) * to_label
     to_x = b * sigmoid(x) - _times(w, a * sigmoid(-x))
-    slopes = _Inputs(to_x, to_label, None if w is None else a * softplus(-x), to_smoothing, None)
+    slopes = _Inputs(to_x, to_label, None if w is None else _paid(a, softplus(-x)), to_smoothing, None)
     return jax.tree.map(lambda slope: only(inputs.keep, slope), slopes)
+
+
+def _to_weighted_label(x, w):
+    """w s(-x) - s(x), by which of the two is the larger, because s(-x) = s(x) - x."""
+    below = x < 0
+    return (w - 1) * softplus(jnp.where(below, x, -x)) + jnp.where(below, _paid(w, jnp.maximum(-x, 0)), -x)
 
 
 def _bwd(dtype, inputs, cotangents):

@@ -224,12 +224,15 @@ def divergence(logits_p, logits_q, temperature, beta, kind, arithmetic=Float64):
     def small_excess(weight, other, cost):
         return np.sum(small(weight, cost) + np.minimum(small(weight, 60 / float(kind.eps)), 16 * other), -1)
 
-    def by_scores(weight, p, scores, distance, masked, z):
+    def by_scores(weight, p, x, scores, distance, z):
         """Of the mean of scores. Relative to that of the largest logit they add nothing for a class with p near 1.
 
-        A score has the rounding of its distance, which is as small as itself if the rows nearly agree.
+        A score has the rounding of its distance, which is as small as itself if the rows nearly agree. That of a
+        largest logit of which there is one alone is 0, and has none.
         """
-        v, size = (np.where(masked, zero, array) for array in (scores, abs(scores) + distance))
+        masked, largest = x == -np.inf, x == np.max(x, -1, keepdims=True)
+        alone = largest & (np.sum(largest, -1, keepdims=True) == 1)
+        v, size = np.where(masked, zero, scores), np.where(masked | alone, zero, abs(scores) + distance)
         lost = small(p, v)
         mean, mean_size, all_lost = (np.sum(part, -1, keepdims=True) for part in (p * v, p * size, lost))
         gradient, terms, lost = (
@@ -246,7 +249,7 @@ def divergence(logits_p, logits_q, temperature, beta, kind, arithmetic=Float64):
         value = np.where(np.any(lost & (p >= float(kind.tiny)), -1), infinite, value)
         d = np.where(lost, a.array(np.log(float(kind.tiny))), d)
         far = abs(d) + abs(np.take_along_axis(d, largest_p, -1))
-        of_p = by_scores(1, p, -relative(d, largest_p), np.where(relative(d, largest_p) == 0, zero, far), masked_p, z_p)
+        of_p = by_scores(1, p, x_p, -relative(d, largest_p), far, z_p)
         to_q = _difference(p, q, u, a)
         # With p and q near 1 an element is minus the sum of the others, which may cancel.
         size, at_largest = abs(to_q), np.arange(p.shape[-1]) == largest_q
@@ -259,14 +262,14 @@ def divergence(logits_p, logits_q, temperature, beta, kind, arithmetic=Float64):
     value = np.sum(beta * _excess(p, m, to_m_p, a) + (1 - beta) * _excess(q, m, to_m_q, a), -1)
     underflow = small_excess(p, m, to_m_p) + small_excess(q, m, to_m_q)
 
-    def of_side(share, p, u, d, largest, masked, z):
+    def of_side(share, p, x, u, d, largest, z):
         # Of a distance as much as the other side has of the mean.
         far = times(1 / (1 + share / (1 - share) * a.exp(-u)), abs(d))
         far = far + np.take_along_axis(far, largest, -1)
-        return by_scores(share, p, -_log_mean_step(u, d, largest, share, a), far, masked, z)
+        return by_scores(share, p, x, -_log_mean_step(u, d, largest, share, a), far, z)
 
-    of_p = of_side(beta, p, u, d, largest_p, masked_p, z_p)
-    return Divergence(value, underflow, of_p, of_side(1 - beta, q, -u, -d, largest_q, masked_q, z_q))
+    of_p = of_side(beta, p, x_p, u, d, largest_p, z_p)
+    return Divergence(value, underflow, of_p, of_side(1 - beta, q, x_q, -u, -d, largest_q, z_q))
 
 
 def _difference(a, b, u, arithmetic):

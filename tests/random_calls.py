@@ -387,11 +387,13 @@ def _expected(config, values, a):
             add("d logits", dy, scale, far, step + lost)
     if config.probabilities:
         parts = ks * w * (one - eps), -(g["log_prob"] * k)[..., None]
-        cost_of_present = np.where(masked, 0 * one, cost)
-        dq, scale = sum(parts) * cost_of_present, sum(map(abs, parts)) * cost_of_present
+        cost_of_present, size = np.where(masked, 0 * one, cost), sum(map(abs, parts))
+        dq, scale, lost = sum(parts) * cost_of_present, size * cost_of_present, step + least * (1 + size)
         if config.entries:
-            dq, scale = (_at_entries(config, values, array) for array in (dq, scale))
-        add("d labels", dq, scale, lost=step + least)
+            dq, scale, lost = (
+                _at_entries(config, values, array) for array in (dq, scale, np.broadcast_to(lost, dq.shape))
+            )
+        add("d labels", dq, scale, lost=lost)
     lost = np.where(total == 0, 0 * one, np.sum(loss, -1, keepdims=True) / divisor) if mean else None
     if config.sample_weight:
         # Where nothing weighs, this 0 times a cost that overflows is NaN.

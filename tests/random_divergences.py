@@ -211,7 +211,7 @@ def _expected(config, values, a):
     for side, of_side in (("p", of_row.of_p), ("q", of_row.of_q)):
         dx = coefficient * of_side.gradient
         largest = size * of_side.size
-        lost = least * (1 + size) + size * of_side.underflow
+        lost = config.classes * least * (1 + size) + size * of_side.underflow
         if config.linear:
             hidden, kernel = layers[side]
             back, transposed = np.swapaxes(hidden, 1, 2), np.swapaxes(kernel, 1, 2)

@@ -272,6 +272,20 @@ def test_float16_with_class_weights_of_any_size(size):
     np.testing.assert_allclose(got, want, rtol=0, atol=4e-3 * float(jnp.abs(want).max()))
 
 
+def test_float16_where_no_class_weighs_anything():
+    """Gradients of 0, and those of statistics, which class weights do not multiply."""
+    hidden, kernel, _, labels = arrays((8,), 4, 64, dtype=np.float16)
+
+    def smoothed(weight, hidden):
+        options = {"class_weight": jnp.full(64, weight), "label_smoothing": 0.5, "reduction": "none"}
+        return jxent.linear_cross_entropy(hidden, kernel, labels, return_stats=True, block_size=3, **options)
+
+    np.testing.assert_array_equal(jax.grad(lambda h: smoothed(0.0, h)[0].sum())(hidden), 0)
+    of_entropy = jax.grad(lambda h: smoothed(1e-5, h)[1].entropy.sum())
+    got, want = (of_entropy(hidden.astype(dtype)) for dtype in (np.float16, np.float32))
+    np.testing.assert_allclose(got, want, rtol=0, atol=4e-3 * float(jnp.abs(want).max()))
+
+
 def test_float16_gradients_of_a_large_z_loss():
     """Its gradient is 2 (m + log_z) times the others', here 1000 times: near the most that there is room for."""
     hidden, labels = jnp.ones((3, 4)), jnp.array([0, 1, 1])

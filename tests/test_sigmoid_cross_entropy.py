@@ -191,3 +191,15 @@ def test_checkify_names_what_is_not_finite():
     error, _ = jax.jit(checkify.checkify(jxent.sigmoid_cross_entropy, errors=checkify.user_checks))(logits, LABELS)
     with pytest.raises(checkify.JaxRuntimeError, match=r"sigmoid_cross_entropy: logits has nan at \[1 2\]"):
         error.throw()
+
+
+def test_gradients_with_any_pos_weight():
+    """Where the logit is infinite; and of the label, where its two terms nearly cancel or one is much the larger."""
+    x, y, w = np.float32([-np.inf, np.inf, -20, 20, -1e-3, 0]), np.float32([0, 1, 0, 1, 0.5, 0.5]), np.float32(1e-3)
+    f = partial(jxent.sigmoid_cross_entropy, reduction="sum")
+    to_label, to_weight = jax.grad(lambda y, w: f(x, y, pos_weight=w), (0, 1))(y, np.full(6, w))
+    with np.errstate(invalid="ignore"):
+        below, above = np.logaddexp(0, -x.astype(float)), np.logaddexp(0, x.astype(float))
+        np.testing.assert_allclose(to_label, w * below - above, rtol=2e-6)
+    np.testing.assert_allclose(to_weight, np.where(y == 0, 0, y * np.where(y == 0, 0, below)), rtol=2e-6)
+    assert jax.grad(f, 1)(x[2:3], y[2:3], pos_weight=np.float32(0)) < 0  # -s(x), which is there yet

@@ -412,9 +412,9 @@ def wanted_costs(scalars: Scalars) -> tuple[str, ...]:
     return "label", *(name for name, cost in OPTIONAL.items() if is_used(getattr(scalars, cost.option)))
 
 
-def weighs_classes(form: Form, labels) -> bool:
-    """Whether a cost takes class weights into its sum over the classes."""
-    return not by_index(labels) or any(isinstance(OPTIONAL.get(name), _Target) for name in form.costs)
+def weighs_classes(names: tuple[str, ...], labels) -> bool:
+    """Whether one of the costs takes class weights into its sum over the classes."""
+    return any(isinstance(OPTIONAL.get(n), _Target) or (n == "label" and not by_index(labels)) for n in names)
 
 
 def coefficients(form: Form, scalars: Scalars, sample_weight, label_weight) -> dict[str, Array | None]:

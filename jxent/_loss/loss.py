@@ -84,7 +84,7 @@ def _cost_inputs(options, weights, logits, positions):
         labels, indices = (sharded_but(jnp.moveaxis(a, -1, axis), logits, axis) for a in (labels, indices))
     elif not by_index(labels):
         labels = sharded_like(labels, logits)
-    class_weight = weights.class_weight if weighs_classes(options.form, labels) else None
+    class_weight = weights.class_weight if weighs_classes(options.form.costs, labels) else None
     class_weight = sharded_like(class_weight, logits, [axis])
     keep = None if keep is None else jnp.expand_dims(keep, axis)
     if options.form.divergence is None:

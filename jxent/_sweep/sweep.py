@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jxent._core.costs import CostInputs, Form, steepness
+from jxent._core.costs import CostInputs, Form, steepness, weighs_classes
 from jxent._core.forward_mode import in_one_piece
 from jxent._core.labels import by_index
 from jxent._core.passes import apart, barrier, compute_dtype, given, on_cpu
@@ -160,21 +160,25 @@ def _storable(name, dtype):
     return compute_dtype(dtype) if wide else dtype
 
 
-def _float16_scale(coefficients, class_weight, temperature):
+def _float16_scale(coefficients, labels, class_weight, temperature):
     """What to divide the coefficients by, so that the gradient of the logits neither overflows float16 nor vanishes.
 
     Its largest entries come to some 2**12 of at most 2**16, so that those of a confident position, 2**-36 times as
-    large, are above the smallest, 2**-24. Class weights multiply the costs; the gradient of the squared normalizer has
-    a factor of 2 (m + log_z), taken to be below 2**10, for which its `steepness` stands.
+    large, are above the smallest, 2**-24. The gradient of the squared normalizer has a factor of 2 (m + log_z), taken
+    to be below 2**10, for which its `steepness` stands.
     """
     dtype = compute_dtype(*(c.dtype for c in coefficients.values()))
-    sizes = [jnp.max(jnp.abs(c), initial=0).astype(dtype) * steepness(name) for name, c in coefficients.items()]
-    largest = jnp.max(jnp.stack(sizes))
+
+    def largest_of(name, coefficient):
+        size = jnp.max(jnp.abs(coefficient), initial=0).astype(dtype) * steepness(name)
+        if class_weight is None or not weighs_classes((name,), labels):
+            return size
+        return size * jnp.max(jnp.abs(class_weight)).astype(dtype)
+
+    largest = jnp.max(jnp.stack([largest_of(*each) for each in coefficients.items()]))
     if temperature is not None:
         largest /= temperature.astype(dtype)
-    if class_weight is not None:
-        largest *= jnp.maximum(jnp.max(jnp.abs(class_weight)).astype(dtype), jnp.finfo(jnp.float32).tiny)
-    return jnp.where((largest > 0) & (largest < jnp.inf), largest, 1) / 2**12
+    return jnp.where(largest < jnp.inf, jnp.maximum(largest, 2.0**-100), 1) / 2**12
 
 
 def default_block_size(cpu, asked, positions, classes):
@@ -204,7 +208,7 @@ def _swept(sweep, asked, cpu, inputs, coefficients):
     blocks = blocks_of(shape, sweep.block_size or max(1, default))
     scale = None
     if asked and jnp.float16 in [jnp.promote_types(hidden.dtype, kernel.dtype) for hidden, kernel in sides]:
-        scale = lax.stop_gradient(_float16_scale(coefficients, inputs.class_weight, inputs.temperature))
+        scale = lax.stop_gradient(_float16_scale(coefficients, inputs.labels, inputs.class_weight, inputs.temperature))
         coefficients = jax.tree.map(lambda c: c / scale, coefficients)
 
     def finished(name, grad):
