@@ -7,8 +7,8 @@
 
 Prints Markdown tables: arguments, gradients and temporaries, in bfloat16, of the losses that Liger's own benchmark
 measures, at its sizes, beside its figures. Those are the peak that PyTorch allocated on an H100 (JSD) and on an A100
-(GRPO): benchmark/data/all_benchmark_data.csv of liger-kernel 0.8.5, rows of versions 0.3.1 and 0.6.1. Ours have run on
-no GPU.
+(GRPO): benchmark/data/all_benchmark_data.csv of liger-kernel 0.8.5, rows of versions 0.3.1 and 0.6.1; docs/memory.md
+says what those have in them besides. Ours have run on no GPU.
 """
 
 import argparse

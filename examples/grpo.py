@@ -6,8 +6,8 @@ entropy bonus and the divergence from the model that it began with all come from
 no logits; the last line says what that saves.
 
     pip install jxent flax optax orbax-checkpoint tokenizers matplotlib tqdm
-    python grpo.py --out sft            # goes on from what sft.py wrote to sft/, or makes it
-    python grpo.py --out sft --smoke    # seconds, to see that everything works
+    python grpo.py            # goes on from what sft.py wrote to sft/, or makes it; everything it writes goes there
+    python grpo.py --smoke    # seconds, to see that everything works
 """
 
 import argparse
@@ -90,10 +90,8 @@ def loss_of(policy, rollouts, statistics):
     labels, log_prob, entropy = of_answers(policy, rollouts, statistics)
     ratio = jnp.exp(log_prob - rollouts.old)
     gain = jnp.minimum(ratio * rollouts.advantages, jnp.clip(ratio, 1 - CLIP, 1 + CLIP) * rollouts.advantages)
-    behind = (
-        rollouts.reference - log_prob
-    )  # Schulman's estimate of the divergence from samples, which is never negative
-    divergence = jnp.expm1(behind) - behind
+    behind = rollouts.reference - log_prob
+    divergence = jnp.expm1(behind) - behind  # Schulman's estimate from samples: its mean is KL(policy || reference)
     mean = partial(jnp.mean, where=labels != -100)
     loss = mean(KL_WEIGHT * divergence - gain - ENTROPY_WEIGHT * entropy)
     return loss, (mean(divergence), mean(entropy))
@@ -134,7 +132,7 @@ def plot(history, heldout, path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("sft"), help="the folder of sft.py")
-    parser.add_argument("--steps", type=int)
+    parser.add_argument("--steps", type=int, help="of GRPO, each with answers of its own")
     parser.add_argument("--smoke", action="store_true", help="a tiny model")
     args = parser.parse_args()
     out = args.out / "smoke" if args.smoke else args.out

@@ -71,7 +71,7 @@ def draw(config, rng, cases):
     """NumPy arrays of `cases` cases in the dtypes of the call, the class axis last: (cases, number, classes)."""
     n, c = config.number, config.classes
     shape = (cases, n, c)
-    wide = "float64" if config.dtype == "float64" else "float32"
+    wide = wide_of(config)
     values: dict[str, Any] = {}
     if config.linear:
         # Small multiples of a power of 2: their products and sums are exact, so the logits have no rounding.
@@ -165,7 +165,12 @@ def held(config, x):
 
 def tiny(config):
     """The least normal number of what the loss computes in."""
-    return float(jnp.finfo("float64" if config.dtype == "float64" else "float32").tiny)
+    return float(jnp.finfo(wide_of(config)).tiny)
+
+
+def wide_of(config):
+    """The dtype that a loss computes in."""
+    return "float64" if config.dtype == "float64" else "float32"
 
 
 def counts(config, values):
@@ -248,15 +253,15 @@ def call(config, values):
 one = jax.jit(call, static_argnums=0)
 
 
-@partial(jax.jit, static_argnums=0)
-def batched(config, values):
+@partial(jax.jit, static_argnums=(0, 1))
+def batched(call, config, values):
     return jax.vmap(partial(call, config))(values)
 
 
-def run(config, values):
+def run(config, values, call=call):
     """Name -> array of (cases, ...), in float64: "loss", statistics, and "d " + the name of each gradient."""
     with jax.enable_x64(config.dtype == "float64"):
-        value, stats, gradients = jax.device_get(batched(config, jax.tree.map(jnp.asarray, values)))
+        value, stats, gradients = jax.device_get(batched(call, config, jax.tree.map(jnp.asarray, values)))
     return named(config, value, stats, gradients)
 
 

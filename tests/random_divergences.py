@@ -43,11 +43,6 @@ class Config(NamedTuple):
     def number(self):
         return int(np.prod(self.positions))
 
-    @property
-    def wide(self):
-        """What the loss computes in."""
-        return "float64" if self.dtype == "float64" else "float32"
-
 
 # --- values -----------------------------------------------------------------------------------------------------------
 
@@ -55,14 +50,14 @@ class Config(NamedTuple):
 def draw(config, rng, cases):
     """NumPy arrays of `cases` cases in the dtypes of the call, the class axis last: (cases, number, classes)."""
     values = _layers(config, rng, cases) if config.linear else _rows(config, rng, cases)
-    shape = (cases, config.number)
+    shape, wide = (cases, config.number), calls.wide_of(config)
     if config.traced:
-        values["temperature"] = np.full(cases, config.temperature, config.wide)
+        values["temperature"] = np.full(cases, config.temperature, wide)
     if config.sample_weight:
-        values["sample_weight"] = (rng.uniform(0.25, 4, shape) * (rng.random(shape) < 0.9)).astype(config.wide)
+        values["sample_weight"] = (rng.uniform(0.25, 4, shape) * (rng.random(shape) < 0.9)).astype(wide)
     if config.where:
         values["where"] = rng.random(shape) < 0.7
-    values["cotangent"] = rng.uniform(-2, 2, shape).astype(config.wide)
+    values["cotangent"] = rng.uniform(-2, 2, shape).astype(wide)
     of_positions = ("logits_p", "logits_q", "hidden_p", "hidden_q")
     return values | calls.anything_elsewhere(rng, counts(config, values), values, of_positions)
 
@@ -99,7 +94,8 @@ def _layers(config, rng, cases):
         for side in "pq":  # both sides mask most of these
             here = masked & (rng.random((cases, 1)) < 0.9)
             values[f"bias_{side}"] = np.where(here, -np.inf, values[f"bias_{side}"])
-    return {name: array.astype(config.wide if "bias" in name else config.dtype) for name, array in values.items()}
+    wide = calls.wide_of(config)
+    return {name: array.astype(wide if "bias" in name else config.dtype) for name, array in values.items()}
 
 
 def counts(config, values):
@@ -136,19 +132,10 @@ def call(config, values):
 
     value, pull = jax.vjp(divergence, wanted)
     cotangent = values["cotangent"].astype(value.dtype)
-    return value, pull(cotangent.reshape(shape) if config.reduction == "none" else cotangent[0])[0]
+    return value, None, pull(cotangent.reshape(shape) if config.reduction == "none" else cotangent[0])[0]
 
 
-@partial(jax.jit, static_argnums=0)
-def batched(config, values):
-    return jax.vmap(partial(call, config))(values)
-
-
-def run(config, values):
-    """Name -> array of (cases, ...): "loss", and "d " + the name of each gradient."""
-    with jax.enable_x64(config.dtype == "float64"):
-        value, gradients = jax.device_get(batched(config, jax.tree.map(jnp.asarray, values)))
-    return {"loss": value.reshape(len(value), -1)} | {f"d {name}": g for name, g in gradients.items()}
+run = partial(calls.run, call=call)
 
 
 # --- the definitions --------------------------------------------------------------------------------------------------
@@ -177,7 +164,7 @@ def _expected(config, values, a):
             logits = np.where(keep[..., None], values[f"logits_{side}"].astype(np.float64), 0)
             x[side] = a.array(np.where(abs(logits) < tiny, 0, logits))  # XLA takes subnormal numbers for 0
     temperature = calls.as_held(config, config.temperature)
-    of_row = oracle.divergence(x["p"], x["q"], temperature, config.beta, np.finfo(config.wide), a)
+    of_row = oracle.divergence(x["p"], x["q"], temperature, config.beta, np.finfo(calls.wide_of(config)), a)
     far = np.where(_margins(x, temperature) > 64, 2.0, 1.0)
 
     weight = a.array(np.where(keep, values["sample_weight"] if config.sample_weight else 1, 0))

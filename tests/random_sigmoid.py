@@ -36,18 +36,13 @@ class Config(NamedTuple):
     def number(self):
         return int(np.prod(self.positions))
 
-    @property
-    def wide(self):
-        """What the loss computes in."""
-        return "float64" if self.dtype == "float64" else "float32"
-
 
 # --- values -----------------------------------------------------------------------------------------------------------
 
 
 def draw(config, rng, cases):
     """NumPy arrays of `cases` cases in the dtypes of the call, (cases, number); `pos_weight` is of the last axis."""
-    shape = (cases, config.number)
+    shape, wide = (cases, config.number), calls.wide_of(config)
     x = calls.scores(config, rng, shape)
     x = np.where(rng.random(shape) < 0.5, x, -x)
     y = rng.random(shape)
@@ -55,14 +50,14 @@ def draw(config, rng, cases):
     dtypes = {"float": config.dtype, "int": "int32", "bool": "bool"}
     values: dict[str, Any] = {"logits": x, "labels": y.astype(dtypes[config.labels])}
     if config.pos_weight:
-        values["pos_weight"] = rng.uniform(0.25, 4, (cases, config.positions[-1])).astype(config.wide)
+        values["pos_weight"] = rng.uniform(0.25, 4, (cases, config.positions[-1])).astype(wide)
     if config.sample_weight:
-        values["sample_weight"] = (rng.uniform(0.25, 4, shape) * (rng.random(shape) < 0.9)).astype(config.wide)
+        values["sample_weight"] = (rng.uniform(0.25, 4, shape) * (rng.random(shape) < 0.9)).astype(wide)
     if config.traced:
-        values["label_smoothing"] = np.full(cases, config.label_smoothing, config.wide)
+        values["label_smoothing"] = np.full(cases, config.label_smoothing, wide)
     if config.where:
         values["where"] = rng.random(shape) < 0.7
-    values["cotangent"] = rng.uniform(-2, 2, shape).astype(config.wide)
+    values["cotangent"] = rng.uniform(-2, 2, shape).astype(wide)
     of_positions = ("logits", "labels") if config.labels == "float" else ("logits",)
     return values | calls.anything_elsewhere(rng, counts(config, values), values, of_positions)
 
@@ -75,7 +70,7 @@ def counts(config, values):
 
 
 def call(config, values):
-    """(loss, gradients by name) of one case, as a JAX function of its arrays."""
+    """(loss, None, gradients by name) of one case, as a JAX function of its arrays."""
     wanted = {name: array for name, array in values.items() if name not in ("where", "cotangent")}
     if config.labels != "float":
         del wanted["labels"]
@@ -93,19 +88,10 @@ def call(config, values):
 
     value, pull = jax.vjp(loss, wanted)
     cotangent = values["cotangent"].astype(value.dtype)
-    return value, pull(cotangent.reshape(value.shape) if value.ndim else cotangent[0])[0]
+    return value, None, pull(cotangent.reshape(value.shape) if value.ndim else cotangent[0])[0]
 
 
-@partial(jax.jit, static_argnums=0)
-def batched(config, values):
-    return jax.vmap(partial(call, config))(values)
-
-
-def run(config, values):
-    """Name -> array of (cases, ...): "loss", and "d " + the name of each gradient."""
-    with jax.enable_x64(config.dtype == "float64"):
-        value, gradients = jax.device_get(batched(config, jax.tree.map(jnp.asarray, values)))
-    return {"loss": value.reshape(len(value), -1)} | {f"d {name}": g for name, g in gradients.items()}
+run = partial(calls.run, call=call)
 
 
 # --- the definitions --------------------------------------------------------------------------------------------------

@@ -178,7 +178,8 @@ def _float16_scale(coefficients, labels, class_weight, temperature):
     largest = jnp.max(jnp.stack([largest_of(*each) for each in coefficients.items()]))
     if temperature is not None:
         largest /= temperature.astype(dtype)
-    return jnp.where(largest < jnp.inf, jnp.maximum(largest, 2.0**-100), 1) / 2**12
+    least = 2.0**-100  # so that the scale is a normal number of float32, even if nothing has a weight
+    return jnp.where(largest < jnp.inf, jnp.maximum(largest, least), 1) / 2**12
 
 
 def default_block_size(cpu, asked, positions, classes):
