@@ -11,9 +11,6 @@ optional.
 
 import argparse
 import pathlib
-import re
-import statistics
-import time
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +20,8 @@ import numpy as np
 import optax
 from matplotlib.ticker import FuncFormatter
 from peers import optional
-from report import headline, machine, mib, save
-from tqdm import tqdm
+from report import headline, machine, save
+from turns import measured, print_measured
 
 import jxent
 
@@ -168,6 +165,14 @@ def floor(hidden_p, kernel_p, hidden_q, kernel_q):
     return jax.lax.scan(part, jnp.zeros_like(kernel_q), tuple(parts))
 
 
+def arrays_of(positions, features_p, features, classes):
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = ((positions, features_p), (features_p, classes), (positions, features), (features, classes))
+    arrays = [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
+    arrays[1], arrays[3] = arrays[1] / features_p**0.5, arrays[3] / features**0.5
+    return arrays
+
+
 def programs(arrays):
     """Name -> the compiled program of value and gradients, of the student's arrays if nothing else is said."""
     of_student, of_both = (2, 3), (0, 1, 2, 3)
@@ -184,34 +189,6 @@ def programs(arrays):
     return found | {"the four matmuls alone": jax.jit(floor).lower(*arrays).compile()}
 
 
-def measured(positions, features_p, features, classes, rounds):
-    keys = jax.random.split(jax.random.key(0), 4)
-    shapes = ((positions, features_p), (features_p, classes), (positions, features), (features, classes))
-    arrays = [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
-    arrays[1], arrays[3] = arrays[1] / features_p**0.5, arrays[3] / features**0.5
-    compiled, seconds = programs(arrays), {}
-    for _ in tqdm(range(rounds), desc="rounds", disable=None):
-        for name, program in compiled.items():
-            start = time.perf_counter()
-            jax.block_until_ready(program(*arrays))
-            seconds.setdefault(name, []).append(time.perf_counter() - start)
-    return [
-        {
-            "program": name,
-            "temporaries": program.memory_analysis().temp_size_in_bytes,
-            "matmuls": len(re.findall(r" dot\(", program.as_text())),
-            "seconds": statistics.median(seconds[name]),
-        }
-        for name, program in compiled.items()
-    ]
-
-
-def print_measured(rows):
-    print("\n| value and gradients | temporaries | matmuls | seconds |\n|---|---:|---:|---:|")
-    for row in rows:
-        print(f"| {row['program']} | {mib(row['temporaries'])} | {row['matmuls']} | {row['seconds']:.2f} |")
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=pathlib.Path, help="folder for divergences.json, .png and .svg")
@@ -221,7 +198,8 @@ def main():
     found = errors(peers)
     print_errors(found, list(peers))
     shape = (64, 16, 8, 1000) if args.smoke else (2048, 512, 256, 32000)
-    rows = measured(*shape, rounds=2 if args.smoke else 7)
+    arrays = arrays_of(*shape)
+    rows = measured(programs(arrays), arrays, rounds=2 if args.smoke else 7)
     print_measured(rows)
     if args.out:
         record = machine() | {"classes": CLASSES, "rows": ROWS, "errors": found}

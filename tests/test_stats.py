@@ -1,5 +1,6 @@
 """The statistics that a loss with `return_stats` has taken in the same pass."""
 
+import re
 from functools import partial
 
 import chex
@@ -95,6 +96,41 @@ def test_stats_as_auxiliary_output():
     np.testing.assert_array_equal(stats.prediction, loss(logits, return_stats=True)[1].prediction)
     expected = np.asarray(jax.grad(loss)(logits))
     np.testing.assert_allclose(gradient, expected, rtol=0, atol=ULPS * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("classes", [2**14, 2**14 + 27])  # in blocks on a CPU, and a prime number
+def test_prediction_of_many_classes(classes, axis):
+    """The first of the largest logits, or of NaN, wherever they lie."""
+    logits = np.random.default_rng(12).normal(size=(7, classes)).astype(np.float32)
+    for row, places in enumerate(((5, 6), (300, 9000), (classes - 1,), (0, classes - 1))):
+        logits[row, places] = 9
+    logits[4, [700, 9000]] = np.nan
+    logits[4, 8] = np.inf
+    logits[5] = -np.inf
+    logits[6, : classes - 2] = -np.inf
+    for x in (jnp.asarray(logits), jnp.asarray(logits, jnp.bfloat16)):
+        x, labels = jnp.moveaxis(x, -1, axis), np.arange(7)
+        stats = jax.jit(partial(jxent.cross_entropy, labels=labels, axis=axis, return_stats=True))(x)[1]
+        np.testing.assert_array_equal(stats.prediction, np.argmax(np.asarray(x), axis))
+
+
+@pytest.mark.parametrize("classes", [2**14, 2**14 + 27])
+def test_a_prediction_that_nobody_asks_for_costs_nothing(classes):
+    """No comparison of logits with their indices is in the program, forwards or backwards."""
+
+    def compared(name):
+        def objective(hidden, kernel):
+            stats = jxent.linear_cross_entropy(
+                hidden, kernel, jnp.arange(8), block_size=2, reduction="none", return_stats=True
+            )[1]
+            return jnp.sum(stats.log_prob), getattr(stats, name)
+
+        f = optimized(jax.value_and_grad(objective, (0, 1), has_aux=True))
+        program = f.lower(jnp.ones((8, 4)), jnp.ones((4, classes))).compile().as_text()
+        return len(re.findall(r"= \(f32\[[^)]* s32\[\S+\) (?:reduce|fusion)\(", program))
+
+    assert compared("prediction") > compared("log_prob") == 0
 
 
 def test_label_out_of_range_in_stats():

@@ -387,7 +387,7 @@ class Entropy(Cost):
     steepness = 16
 
     def value(self, passes, known):
-        distance = passes.sum(lambda c: c.below(c.p))
+        distance = passes.sum(lambda c: c.p_below())
         return given(passes.arrays.log_z) + distance, distance
 
     def rows(self, passes, kept, cotangent):
@@ -395,12 +395,12 @@ class Entropy(Cost):
 
     def gradient(self, c, rows):
         cotangent, distance = rows
-        return cotangent * (c.below(c.p) - distance * c.p)
+        return cotangent * (c.p_below() - distance * c.p)
 
     def tangent(self, passes, kept, moved):
         if given(passes.arrays.moving).logits is None:
             return jnp.zeros_like(moved.log_z)
-        return passes.sum(lambda c: c.below(c.p) * c.dz) - given(kept) * moved.log_z
+        return passes.sum(lambda c: c.p_below() * c.dz) - given(kept) * moved.log_z
 
 
 STATISTICS = {"log_normalizer": LogNormalizer(), "entropy": Entropy()}

@@ -221,9 +221,9 @@ class Class:
         """share * -log p, with 0 * inf = 0."""
         return terms.product(share, -self.log_p, self.unit)
 
-    def below(self, share: Array) -> Array:
-        """share * (m - x), with 0 * inf = 0."""
-        return terms.product(share, -self.z, self.unit)
+    def p_below(self) -> Array:
+        """p (m - x), which is 0 for a masked class."""
+        return terms.product_of_p(self.p, -self.z, self.unit)
 
     def cost_of(self, share: Array) -> Array:
         """-log p, and 0 for a masked class without a share: it is no class. For `Passes.map`."""
@@ -372,11 +372,13 @@ class Passes:
         return self.previous
 
     def _blockable(self):
-        """How many classes there are in the one class axis; 0 if it cannot be cut into blocks."""
-        like = jax.tree.leaves(self.arrays)[0]
-        if len(self.axis) != 1 or not isinstance(like.shape[self.axis[0]], int):
-            return 0
-        return like.shape[self.axis[0]] if jax.typeof(like).sharding.spec[self.axis[0]] is None else 0
+        return blockable(jax.tree.leaves(self.arrays)[0], self.axis[0]) if len(self.axis) == 1 else 0
+
+
+def blockable(array, axis):
+    """How many classes there are along the axis; 0 if they cannot be cut into blocks."""
+    classes = array.shape[axis]
+    return classes if isinstance(classes, int) and jax.typeof(array).sharding.spec[axis] is None else 0
 
 
 def class_index(array, axis):

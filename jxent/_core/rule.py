@@ -5,15 +5,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
 from jxent._core import divergences
 from jxent._core.costs import CostInputs, Form, Known, Moved, costs_of, is_out_of_range
 from jxent._core.forward_mode import moving_where, with_forward_mode
-from jxent._core.labels import at_label, by_index, clipped, out_of_range, pick
+from jxent._core.labels import at_label, by_index, clipped, out_of_range
 from jxent._core.normalizer import normalizer
 from jxent._core.passes import Arrays, Moving, Passes, given, on_cpu
-from jxent._core.shards import each_shards_own, largest, local_index, sharded_like, shared_cotangent, smallest
+from jxent._core.prediction import largest_class
+from jxent._core.shards import each_shards_own, local_index, sharded_like, shared_cotangent
 from jxent._core.weights import along, only
 
 
@@ -73,7 +74,7 @@ def costs_fwd(form, room, inputs) -> tuple[Any, Any]:
     for name, cost in costs_of(form, inputs).items():
         values[name] = cost.value(passes, known._replace(label=values.get("label")))
     out = {name: value for name, (value, _) in values.items()}
-    prediction = largest_class(form, inputs.logits, inputs.first) if form.stats else None
+    prediction = largest_class(logits, axis, inputs.first, axis_name) if form.stats else None
     return (out, prediction), residuals._replace(kept={name: kept for name, (_, kept) in values.items()}, exp=row.exp)
 
 
@@ -84,35 +85,6 @@ def leaves_label_out(form, labels, classes):
     """
     countable = isinstance(classes, int) and classes <= 2**24
     return by_index(labels) and form.costs == ("label",) and not form.stats and countable
-
-
-def largest_class(form, logits, first):
-    """The first class with the largest logit, or the first whose logit is NaN."""
-    here = jnp.expand_dims(_argmax(lax.stop_gradient(logits), form.axis), form.axis)
-    if first is None:
-        return here
-    value = lax.stop_gradient(pick(logits, here, form.axis))
-    value = jnp.where(jnp.isnan(value), jnp.inf, value)
-    best = value == largest(value, form.shards.axis_name)
-    return smallest(jnp.where(best, here + first, jnp.iinfo(jnp.int32).max), form.shards.axis_name)
-
-
-def _argmax(logits, axis):
-    """The first index of the largest value, or of NaN.
-
-    `lax.argmax` makes its reduction when it is lowered. Within `custom_partitioning` that is done by a thread of the
-    compiler's, which does not know whether float64 is switched on where the loss was traced.
-    """
-
-    def first_largest(a, b):
-        (x, i), (y, j) = a, b
-        take_x = (x > y) | (x != x)
-        # `jnp.where` would be a call within the reduction, for which XLA:CPU has ended the process.
-        return lax.select(take_x, x, y), lax.select(take_x | ((x == y) & (i < j)), i, j)
-
-    indices = sharded_like(lax.broadcasted_iota(jnp.int32, logits.shape, axis), logits)
-    initial = jnp.array(-jnp.inf, logits.dtype), jnp.array(0, jnp.int32)
-    return lax.reduce((logits, indices), initial, first_largest, (axis,))[1]
 
 
 def costs_bwd(form, residuals, cotangents):

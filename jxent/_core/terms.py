@@ -113,6 +113,18 @@ def _product_jvp(primals, tangents):
     return product(weight, cost, unit), dweight * marginal(weight, cost, unit) + weight * dcost
 
 
+@jax.custom_jvp
+def product_of_p(p, cost, unit):
+    """p * cost for a cost that is infinite only where the probability p is 0; it is 0 there. Cheaper than `product`."""
+    return p * jnp.minimum(cost, most(unit))
+
+
+@product_of_p.defjvp
+def _product_of_p_jvp(primals, tangents):
+    (p, cost, unit), (dp, dcost, _) = primals, tangents
+    return product_of_p(p, cost, unit), dp * jnp.minimum(cost, most(unit)) + p * dcost
+
+
 # --- of one logit alone -----------------------------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jxent._core.costs import STATISTIC_NAMES, CostInputs, weighs_classes
 from jxent._core.labels import SparseLabels, by_index, pick
-from jxent._core.rule import largest_class
+from jxent._core.prediction import largest_class
 from jxent._core.shards import cast_alike, sharded_but, sharded_like
 from jxent._core.weights import only, weigh
 from jxent._loss.placement import CLASSES, placed
@@ -107,7 +107,8 @@ def with_stats(options, positions, loss, costs, prediction, weight):
     if positions.indices is not None:
         label = pick(positions.indices, jnp.expand_dims(jnp.argmax(label, -1), -1), label.ndim - 1)[..., 0]
     elif not by_index(label):
-        label = jnp.squeeze(largest_class(options.form, label, positions.first), options.form.axis)
+        form = options.form
+        label = jnp.squeeze(largest_class(label, form.axis, positions.first, form.shards.axis_name), form.axis)
     return loss, Stats(
         **{name: costs[name] for name in STATISTIC_NAMES},
         prediction=only(positions.keep, prediction, jnp.iinfo(jnp.int32).min),
