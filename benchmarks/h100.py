@@ -48,6 +48,13 @@ PUBLISHED = {
 }
 
 
+def chips(topology):
+    """Devices of that topology, such as "1x1x8"."""
+    return topologies.get_topology_desc(
+        platform="cuda", topology_name="", target_config=H100, topology=topology
+    ).devices
+
+
 def jsd(teacher, kernel_p, student, kernel_q, labels):
     del labels
     return jxent.linear_js_divergence(teacher, kernel_p, student, kernel_q, vocab_axis=0)
@@ -91,9 +98,7 @@ LOSSES = {
 
 def held(loss, positions, features, vocab):
     """MiB of arguments, results and temporaries of the value and the gradients of the model that is trained."""
-    device = topologies.get_topology_desc(
-        platform="cuda", topology_name="", target_config=H100, topology="1x1x1"
-    ).devices[0]
+    device = chips("1x1x1")[0]
     sharding = jax.sharding.SingleDeviceSharding(device)
     hidden, kernel, labels = (
         jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)

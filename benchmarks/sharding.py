@@ -3,6 +3,7 @@
     pip install -e ".[test]"
     python benchmarks/sharding.py              # for 8 simulated CPU devices
     pip install "jax[tpu]" && python benchmarks/sharding.py --tpu     # for a TPU v5e 2x4; needs no TPU
+    python benchmarks/sharding.py --h100       # for 8 H100s, without a GPU; h100.py says what that needs
     python benchmarks/sharding.py --steps --tpu    # whole training steps; some minutes for each
     python benchmarks/sharding.py --smoke      # small sizes, to see that it works
 
@@ -16,6 +17,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import h100
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,19 +55,22 @@ def program(mesh, way, sizes, hidden, kernel):
     names = {"batch_axis_name": positions, "axis_name": None if vocab_axes in hidden else vocab_axes}
 
     def loss(hidden, kernel, labels):
-        named = names if "named" in way else {}
-        return jxent.linear_cross_entropy(hidden, kernel, labels, block_size=batch * length // BLOCKS, **named)
+        # Where no label is ignored, so that there is one loop, whose length is known.
+        options = {"block_size": batch * length // BLOCKS, "ignore_index": None}
+        return jxent.linear_cross_entropy(hidden, kernel, labels, **options, **(names if "named" in way else {}))
 
     arrays = (
         array((batch, length, features), jnp.bfloat16, hidden),
         array((features, vocab), jnp.bfloat16, kernel),
         array((batch, length), jnp.int32, P(*hidden[:2])),
     )
-    platform = mesh.devices.flat[0].platform
+    device = mesh.devices.flat[0]
+    platform = "cuda" if device.platform == "gpu" else device.platform
     # The gradients are kept as a training step keeps them, sharded as the arrays.
     shardings = NamedSharding(mesh, P()), tuple(array.sharding for array in arrays[:2])
-    traced = jax.jit(jax.value_and_grad(loss, (0, 1)), out_shardings=shardings).trace(*arrays)
-    return traced.lower(lowering_platforms=(platform,)).compile()
+    with jax.default_device(device):
+        traced = jax.jit(jax.value_and_grad(loss, (0, 1)), out_shardings=shardings).trace(*arrays)
+        return traced.lower(lowering_platforms=(platform,)).compile()
 
 
 # name, mesh, rules of the parameters and activations
@@ -114,13 +119,14 @@ def print_steps(devices, smoke):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tpu", action="store_true", help="compile for a TPU v5e 2x4; needs libtpu, but no TPU")
+    parser.add_argument("--h100", action="store_true", help="compile for 8 H100s; needs XLA's GPU compiler, but no GPU")
     parser.add_argument("--steps", action="store_true", help="whole training steps")
     parser.add_argument("--smoke", action="store_true", help="small sizes")
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)
     sizes = (8, 64, 64, 2048) if args.smoke else (8, 2048, 2048, 131072)
-    devices = chips("v5e:2x4") if args.tpu else jax.devices()
+    devices = chips("v5e:2x4") if args.tpu else h100.chips("1x1x8") if args.h100 else jax.devices()
     if args.steps:
         return print_steps(devices, args.smoke)
     batch, length, features, vocab = sizes

@@ -14,7 +14,6 @@ import ast
 import dataclasses
 import math
 import shutil
-import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -177,7 +176,6 @@ def main():
     out = args.out / "smoke" if args.smoke else args.out
     if args.smoke:
         shutil.rmtree(out, ignore_errors=True)  # so that it starts anew each time
-    start = time.perf_counter()
     model, tokenizer, training, heldout = fine_tuned(args.smoke, out)
     for example, answer in zip(heldout, answers(model, tokenizer, heldout[:6])[0], strict=False):
         print(f"\n{example.source.splitlines()[0]}\n    the model: {answer}\n    the file:  {example.summary}")
@@ -186,9 +184,10 @@ def main():
     data = tokens_and_labels(tokenizer, training)
     tokens, labels = batch_of(settings, data, 0)
     print(f"\nexamples   {len(training):,} for training, {len(heldout):,} held out (whole files)")
-    print(f"labels     at {np.mean(data[1] != -100):.0%} of the positions")
+    counted, of_all = (train_lm.milliseconds(model, tokens, y) for y in (labels, jxent.next_token_labels(tokens)))
+    print(f"labels     at {np.mean(labels != -100):.0%} of the positions")
+    print(f"the loss   and its gradients take {counted:.0f} ms a batch, {of_all:.0f} if all positions had a label")
     print(f"curves     {out / 'fine_tuning.png'}")
-    print(f"it took    {time.perf_counter() - start:.0f} s")
     optimizer = nnx.Optimizer(model, train_lm.update_rule(settings), wrt=nnx.Param)
     losses = train_lm.jxent_loss, train_lm.full_logits_loss
     ours, full = (train_lm.temporaries(model, optimizer, tokens, loss, labels) for loss in losses)

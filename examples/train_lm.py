@@ -15,10 +15,12 @@ import dataclasses
 import math
 import shutil
 import signal
+import statistics
 import sys
 import sysconfig
 import threading
 import time
+import timeit
 import zlib
 from functools import partial
 from pathlib import Path
@@ -259,6 +261,14 @@ def generate(model, tokens, start, key, draw=draw_from_best):
 def temporaries(model, optimizer, tokens, loss, labels=None):
     """Bytes that the compiled training step holds besides its arguments and results."""
     return train_step.lower(model, optimizer, tokens, loss, labels).compile().memory_analysis().temp_size_in_bytes
+
+
+def milliseconds(model, tokens, labels):
+    """The time of the loss and its gradients after the model; the median of seven calls, after one that compiles."""
+    f = jax.jit(jax.value_and_grad(partial(jxent.linear_cross_entropy, vocab_axis=0), (0, 1)))
+    args = model(tokens), model.embed.embedding[...], labels
+    times = timeit.repeat(lambda: jax.block_until_ready(f(*args)), number=1, repeat=8)
+    return 1000 * statistics.median(times[1:])
 
 
 def print_memory(what, ours, full):

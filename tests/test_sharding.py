@@ -991,7 +991,7 @@ MOVING = (
     *("linear-all", "linear-probabilities", "linear-none"),
     *("cross_entropy-sparse", "nll_loss-sparse", "linear-sparse", *DIVERGENCES),
 )
-SHORT_MOVING = (*MOVING[:7], "linear-kl")
+SHORT_MOVING = (*MOVING[:5], "linear-none", "linear-kl")
 SECOND = ("cross_entropy-probabilities", "linear-none")
 
 

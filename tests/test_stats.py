@@ -190,7 +190,7 @@ def objectives(function, reduction, options, weights, labels, module):
     return {name: partial(objective, (name,)) for name in STATISTICS} | {"all": partial(objective, STATISTICS)}
 
 
-@pytest.mark.covering("logits-index-mean-all", "linear-index-none-plain", "linear-probabilities-mean-smoothing, z-loss")
+@pytest.mark.covering("logits-index-mean-all", "linear-index-none-plain", "logits-probabilities-mean-smoothing, z-loss")
 @pytest.mark.parametrize("names", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("kind", ["index", "probabilities"])

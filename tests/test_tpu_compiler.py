@@ -15,6 +15,7 @@ os.environ |= {  # for libtpu not to look for chips
     "TPU_WORKER_ID": "0",
 }
 
+import collections
 import contextlib
 import functools
 
@@ -85,6 +86,20 @@ def test_batch_sequence_and_vocabulary(wrt, most, mode):
     local_kernel = FEATURES * VOCAB // 2
     assert moved(program, local_kernel // 8) == ([("all-reduce", local_kernel, False)] if 1 in wrt else [])
     assert temporaries(program) <= most
+
+
+@pytest.mark.parametrize("mode", ["Auto", "Explicit"])
+def test_skipped_positions(mode):
+    """What may be skipped adds one number to what is moved, before the loop; with Auto axes nothing is skipped."""
+    mesh = mesh_of("v5e:2x4", mode, data=2, sequence=2, vocab=2)
+
+    def found(**options):
+        summed = functools.partial(loss, reduction="sum", **options)
+        text = linear_program(mesh, P("data", "sequence"), P(None, "vocab"), loss=summed).as_text()
+        return collections.Counter((c.kind, c.size, c.in_loop) for c in collectives(text))
+
+    more = {("all-reduce", 1, False): 1} if mode == "Explicit" else {}
+    assert found() == found(ignore_index=None) + collections.Counter(more)
 
 
 @pytest.mark.parametrize("wrt", [(0, 1), (0,)], ids=["both", "frozen kernel"])

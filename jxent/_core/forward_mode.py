@@ -69,21 +69,55 @@ def with_forward_mode(rule, tangent, symbolic_zeros=False, program=None):
     return function
 
 
-def in_one_piece(function: Callable[..., T], *operands) -> T:
+def in_one_piece(function: Callable[..., T], plain: Callable[..., T], *operands) -> T:
     """``function(*operands)``, which JAX does not take apart while it separates values from tangents.
 
     It would look for what does not change in a loop of the function, and so lose the `custom_jvp` rules in it.
+    Tangents are those of the function. Gradients, and tangents of tangents, are those of `plain`, which returns the
+    same by operations that have them.
     """
     leaves, tree = jax.tree.flatten(operands)
+    structures = []  # of the results, known once the function has been traced
 
-    def whole(*leaves):
-        return function(*tree.unflatten(leaves))
+    def flat(function):
+        def of_leaves(*leaves):
+            out, structure = jax.tree.flatten(function(*tree.unflatten(leaves)))
+            structures.append(structure)
+            return out
 
+        return of_leaves
+
+    of_leaves = flat(function)
+    out = _in_one_piece(of_leaves, of_leaves if plain is function else flat(plain), leaves)
+    return structures[0].unflatten(out)
+
+
+def _in_one_piece(function, plain, leaves):
     def jvp(primals, tangents):
         moving = [i for i, tangent in enumerate(tangents) if not isinstance(tangent, SymbolicZero)]
-        return jvp_of_moving(whole, moving, primals, [tangents[i] for i in moving])
+        along = [tangents[i] for i in moving]
+        if function is plain:
+            return jvp_of_moving(function, moving, primals, along)
+        out = rule(*primals)
+        floats = [i for i, array in enumerate(out) if jnp.issubdtype(array.dtype, jnp.floating)]
 
-    rule = jax.custom_jvp(whole)
+        def pushed(function, *both):
+            at, directions = both[: len(primals)], both[len(primals) :]
+            moved = jvp_of_moving(function, moving, at, directions)[1]
+            return [moved[i] for i in floats]
+
+        def apply(primals, directions):
+            return _in_one_piece(partial(pushed, function), partial(pushed, plain), [*primals, *directions])
+
+        def transpose(primals, cotangents):
+            moved = partial(pushed, plain, *primals)
+            return jax.linear_transpose(moved, *(primals[i] for i in moving))(cotangents)
+
+        moved = iter(linear(apply, transpose, primals, along, [out[i] for i in floats]))
+        still = [zero_from_primal(array, symbolic_zeros=True) for array in out]
+        return out, [next(moved) if i in floats else still[i] for i in range(len(out))]
+
+    rule = jax.custom_jvp(function)
     rule.defjvp(jvp, symbolic_zeros=True)
     return rule(*leaves)
 

@@ -71,11 +71,11 @@ def depends_on_devices():
     return jax.make_jaxpr(f)(0.0)
 
 
-def _plain(*arrays, static, program=None):
+def _plain(*arrays, static, program=None, together=None):
     del program
 
     def sweep(*arrays):
-        return jax.tree.leaves(swept(static.sweep, static.asked, *static.tree.unflatten(arrays)))
+        return jax.tree.leaves(swept(static.sweep, static.asked, *static.tree.unflatten(arrays), together=together))
 
     return static.pushed(sweep, arrays)
 
@@ -94,7 +94,7 @@ def _partitioned(*arrays, static, names):
         plan, of_results, of_arguments = planned(mesh, *arguments)
 
         def on_this_device(*shards):
-            return jax.tree.leaves(on_each_device(sweep, asked, dict(mesh.shape), plan, *tree.unflatten(shards)))
+            return jax.tree.leaves(on_each_device(sweep, asked, dict(mesh.shape), plan, (), *tree.unflatten(shards)))
 
         def local(arrays):
             with static.config():
@@ -106,7 +106,7 @@ def _partitioned(*arrays, static, names):
         # To the compiler the kernel's gradient is sharded as the kernel is.
         return ", ".join(" ".join(map(argument_dimension, array)) for array in arrays)
 
-    f = custom_partitioning(lambda arrays: _plain(*arrays, static=static))
+    f = custom_partitioning(lambda arrays: _plain(*arrays, static=static, together=()))  # as it is on one device
     f.def_partition(
         partition,
         infer_sharding_from_operands=lambda mesh, arguments, _: planned(mesh, *arguments)[1],
@@ -120,8 +120,7 @@ def _on_mesh(*arrays, static, program):
     return jaxpr_as_fun(program)(*arrays)
 
 
-def _by_tpu(*arrays, static, program):
-    del program
+def _by_tpu(*arrays, static, together):
     mesh, kernels = static.mesh, {"kernel": static.sweep.vocab_axis, "kernel_p": static.sweep.vocab_axis_p}
 
     def whole_features(vocab_axis):
@@ -140,13 +139,21 @@ def _by_tpu(*arrays, static, program):
         of_kernels = {name: whole_features(vocab_axis) for name, vocab_axis in kernels.items()}
         specs = {"hidden": of_hidden, "hidden_p": of_hidden, **of_kernels}
         whole = {name: constrained(getattr(inputs, name), spec) for name, spec in specs.items()}
-        out, grads = swept(static.sweep, static.asked, inputs._replace(**whole), coefficients)
+        out, grads = swept(static.sweep, static.asked, inputs._replace(**whole), coefficients, together)
         for name in of_kernels.keys() & grads.keys():
             grads[name] = constrained(grads[name], of_kernels[name])
         return jax.tree.leaves((out, grads))
 
     with static.config():
         return static.pushed(sweep, arrays)
+
+
+def _lower_for_tpu(context, *arrays, static, program):
+    del program
+    # On several devices the compiler would gather the positions to put them in order.
+    devices = getattr(context.module_context.axis_context, "num_devices", None)
+    lower = mlir.lower_fun(partial(_by_tpu, static=static, together=() if devices == 1 else None), True)
+    return lower(context, *arrays)
 
 
 def _abstract(*arrays, static, program):
@@ -194,4 +201,4 @@ _sweep_p.def_abstract_eval(_abstract)
 batching.primitive_batchers[_sweep_p] = _batched
 ad.primitive_jvps[_sweep_p] = _jvp
 mlir.register_lowering(_sweep_p, mlir.lower_fun(_on_mesh, multiple_results=True))
-mlir.register_lowering(_sweep_p, mlir.lower_fun(_by_tpu, multiple_results=True), platform="tpu")
+mlir.register_lowering(_sweep_p, _lower_for_tpu, platform="tpu")

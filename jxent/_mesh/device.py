@@ -20,8 +20,11 @@ from jxent._mesh.layout import dimensions, result_dimensions
 from jxent._sweep.sweep import swept, swept_shapes
 
 
-def on_each_device(sweep, asked, sizes, plan, inputs, coefficients):
-    """`swept` of this device's shards, on a mesh of these axis sizes and by this `Layout`."""
+def on_each_device(sweep, asked, sizes, plan, others, inputs, coefficients):
+    """`swept` of this device's shards, on a mesh of these axis sizes and by this `Layout`.
+
+    `others` are further axes over which a caller has mapped; None if the compiler shards the shards once more.
+    """
     outer = sweep.form.shards  # over which the caller has mapped
     vocab = plan.axes["v"]
     shards = Shards((*outer.axis_name, *vocab), outer.number * math.prod(sizes[a] for a in vocab))
@@ -29,9 +32,19 @@ def on_each_device(sweep, asked, sizes, plan, inputs, coefficients):
     local = sweep._replace(form=sweep.form._replace(shards=shards))
     if sweep.block_size is not None:
         local = local._replace(block_size=-(-sweep.block_size // math.prod(sizes[a] for a in plan.positions)))
-    out, grads = swept(local, asked, inputs, coefficients)
+    out, grads = swept(local, asked, inputs, coefficients, in_step(shards, plan.positions, others))
     sparse = inputs.indices is not None
     return out, {name: _over_devices(sweep, plan, sparse, name, grad) for name, grad in grads.items()}
+
+
+def in_step(shards, *axes):
+    """The axes, of these tuples, whose devices take the same number of blocks, as of `swept`; None if one is None.
+
+    While others sum over the classes of a block, no device may have left the loop.
+    """
+    if None in axes:
+        return None
+    return tuple(dict.fromkeys(a for of in axes for a in of if a not in shards.axis_name)) if shards.axis_name else ()
 
 
 def _over_devices(sweep, plan, sparse, name, grad):

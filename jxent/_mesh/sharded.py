@@ -6,7 +6,8 @@ from jax.sharding import AxisType
 
 from jxent._core.shards import each_shards_own
 from jxent._mesh.auto import swept_by_compiler
-from jxent._mesh.explicit import axes_in_use, swept_by_types
+from jxent._mesh.device import in_step
+from jxent._mesh.explicit import axes_in_use, mapped_axes, swept_by_types
 from jxent._sweep.sweep import Swept, swept
 
 
@@ -16,7 +17,8 @@ def sharded(sweep, asked, inputs, coefficients) -> tuple[Swept, dict[str, Array]
     if AxisType.Explicit in mesh.axis_types:
         out, grads = swept_by_types(mesh, sweep, asked, inputs, coefficients)
     elif sweep.form.shards.axis_name or mesh.manual_axes:
-        out, grads = swept(sweep, asked, inputs, coefficients)
+        others = mapped_axes(mesh) if mesh.manual_axes else None
+        out, grads = swept(sweep, asked, inputs, coefficients, in_step(sweep.form.shards, others))
     else:
         out, grads = swept_by_compiler(sweep, asked, inputs, coefficients)
     return each_shards_own(out, sweep.form.shards, inputs.first), grads

@@ -18,8 +18,9 @@ from jxent._core.forward_mode import in_one_piece
 from jxent._core.labels import by_index
 from jxent._core.passes import apart, barrier, compute_dtype, given, on_cpu
 from jxent._core.rule import costs_bwd, costs_fwd, costs_of_block, counted
-from jxent._core.shards import cast, cast_alike, varying
+from jxent._core.shards import cast, cast_alike, checked, largest, varying
 from jxent._core.weights import along, only
+from jxent._sweep import order
 from jxent._sweep.blocks import blocks_of, not_repeated, put, take
 from jxent._sweep.matmuls import as_kernel, dot, kernel_gradient, operands_of_block
 
@@ -182,6 +183,9 @@ def _float16_scale(coefficients, labels, class_weight, temperature):
     return jnp.where(largest < jnp.inf, jnp.maximum(largest, least), 1) / 2**12
 
 
+LEAST_STEP = {True: 64, False: 256}  # positions of the smallest blocks, by whether it is a CPU
+
+
 def default_block_size(cpu, asked, positions, classes):
     """Positions, by a budget for the float32 logits. Larger blocks read and write the kernel's gradient less often."""
     of_kernel = "kernel" in asked or "kernel_p" in asked
@@ -189,20 +193,24 @@ def default_block_size(cpu, asked, positions, classes):
     return max(least, min(positions // 4, budget // (4 * classes)))
 
 
-def swept(sweep, asked, inputs, coefficients) -> tuple[Swept, dict[str, Array]]:
+def swept(sweep, asked, inputs, coefficients, together=None) -> tuple[Swept, dict[str, Array]]:
     """(`Swept`, gradients) as of `_block`, of all positions; the gradients in `_storable` dtypes.
 
-    Where the classes are sharded over `axis_name`, the gradients of `hidden` are this shard's share.
+    Where the classes are sharded over `axis_name`, the gradients of `hidden` are this shard's share. With `together`,
+    the arrays are one device's, and blocks of positions that do not count are skipped; it names the mesh axes whose
+    devices take as many blocks as the fullest of them.
     """
-    return in_one_piece(partial(on_cpu, partial(_swept, sweep, asked)), inputs, coefficients)
+    plain = partial(on_cpu, partial(_swept, sweep, asked, None))
+    function = plain if together is None else partial(on_cpu, partial(_swept, sweep, asked, together))
+    return in_one_piece(function, plain, inputs, coefficients)
 
 
 def swept_shapes(sweep, asked, inputs, coefficients):
     """The shapes and dtypes of what `swept` returns, which are the same on every platform."""
-    return jax.eval_shape(partial(_swept, sweep, asked, True), inputs, coefficients)
+    return jax.eval_shape(partial(_swept, sweep, asked, None, True), inputs, coefficients)
 
 
-def _swept(sweep, asked, cpu, inputs, coefficients):
+def _swept(sweep, asked, together, cpu, inputs, coefficients):
     shape, classes = inputs.hidden.shape[:-1], inputs.kernel.shape[sweep.vocab_axis]
     sides = ((inputs.hidden, inputs.kernel), (inputs.hidden_p, inputs.kernel_p))[: 1 if inputs.hidden_p is None else 2]
     default = default_block_size(cpu, asked, math.prod(shape), classes) // len(sides)
@@ -217,37 +225,69 @@ def _swept(sweep, asked, cpu, inputs, coefficients):
         grad = grad if scale is None else grad * scale
         return grad.astype(_storable(name, getattr(inputs, name).dtype))
 
-    def block(i):
+    def block(part, weights):
         """((what each position has, its gradients included), the gradients of what all blocks share)."""
-        of_block = partial(take, blocks, i)
-        part = {name: getattr(inputs, name) for name in POSITIONAL}
-        weights, repeated = jax.tree.map(of_block, coefficients), not_repeated(blocks, i)
-        if repeated is not None:
-            weights = jax.tree.map(lambda c: jnp.where(repeated, c, 0), weights)
-        out, grads = _block(sweep, asked, cpu, inputs._replace(**jax.tree.map(of_block, part)), weights)
+        out, grads = _block(sweep, asked, cpu, inputs._replace(**part), weights)
         each = {name: finished(name, grad) for name, grad in grads.items() if name in POSITIONAL}
         return (out, each), {name: grad for name, grad in grads.items() if name not in POSITIONAL}
 
-    (out, grads), sums = block(0) if blocks.number == 1 else _all_blocks(blocks, block)
+    arrays = {name: getattr(inputs, name) for name in POSITIONAL}, coefficients
+    size, least = math.prod(blocks.size), LEAST_STEP[cpu]
+    if together is not None and inputs.keep is not None and (blocks.number > 1 or size > least):
+        (out, grads), sums = _counted_blocks(size, min(size, max(least, size // 8)), together, block, arrays)
+    elif blocks.number == 1:
+        (out, grads), sums = block(*arrays)
+    else:
+        (out, grads), sums = _all_blocks(blocks, block, arrays)
     for name, vocab_axis in (("kernel", sweep.vocab_axis), ("kernel_p", sweep.vocab_axis_p)):
         if name in sums:
             sums[name] = as_kernel(sums[name], vocab_axis, cpu)
     return out, grads | {name: finished(name, grad) for name, grad in sums.items()}
 
 
-def _all_blocks(blocks, block):
+def _all_blocks(blocks, block, arrays):
     """What `block` returns, of all blocks: arrays of all positions, and sums over the blocks."""
 
-    def zeros(leading, like):
-        return jax.tree.map(lambda a: cast(jnp.zeros((*leading, *a.shape[len(leading) :]), a.dtype), varying(a)), like)
+    def block_number(i):
+        part, weights = jax.tree.map(partial(take, blocks, i), arrays)
+        repeated = not_repeated(blocks, i)
+        if repeated is not None:
+            weights = jax.tree.map(lambda c: jnp.where(repeated, c, 0), weights)
+        return block(part, weights)
 
     # The jit traces it once for the shapes and for the loop; a gradient of the loop computes a block again.
-    traced_once = jax.jit(jax.checkpoint(block, prevent_cse=False), inline=True)
+    traced_once = jax.jit(jax.checkpoint(block_number, prevent_cse=False), inline=True)
 
     def step(i, carry):
-        each, sums = traced_once(i)
-        each = jax.tree.map(partial(put, blocks, i), carry[0], each)
-        return each, jax.tree.map(jnp.add, carry[1], sums)
+        return _with_block(partial(put, blocks, i), carry, traced_once(i))
 
     each, sums = jax.eval_shape(traced_once, 0)
-    return lax.fori_loop(0, blocks.number, step, (zeros(blocks.shape, each), zeros((), sums)))
+    return lax.fori_loop(0, blocks.number, step, (_zeros(blocks.shape, each), _zeros((), sums)))
+
+
+def _counted_blocks(size, step_size, together, block, arrays):
+    """The same, of the positions that count."""
+    keep = arrays[0]["keep"]
+    counted = order.order_of(keep, size)
+    counted = counted._replace(counted=largest(cast(counted.counted, checked(together)), together))
+
+    def block_of(rows):
+        return block(*jax.tree.map(partial(order.take, counted, rows), arrays))
+
+    traced_once = jax.jit(jax.checkpoint(block_of, prevent_cse=False), inline=True)
+
+    def step(rows, carry):
+        return _with_block(partial(order.put, counted, rows), carry, traced_once(rows))
+
+    each, sums = jax.eval_shape(traced_once, counted.rows[:size])
+    carry = _zeros(keep.shape, each), _zeros((), sums)
+    return order.by_blocks(counted, size, step_size, step, carry)
+
+
+def _with_block(put, carry, of_block):
+    """`carry`, arrays of all positions and sums, with what a block has of them."""
+    return jax.tree.map(put, carry[0], of_block[0]), jax.tree.map(jnp.add, carry[1], of_block[1])
+
+
+def _zeros(leading, like):
+    return jax.tree.map(lambda a: cast(jnp.zeros((*leading, *a.shape[len(leading) :]), a.dtype), varying(a)), like)

@@ -1,0 +1,262 @@
+"""Positions that do not count take no blocks of `linear_cross_entropy` and its kin, and everything else is the same."""
+
+from collections import Counter
+from functools import partial
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from compiling import optimized
+from grids import short
+from hlo import collectives
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from modes import differentiated
+
+import jxent
+from jxent._sweep import order
+
+B, L, D, C = 4, 60, 3, 5
+BLOCK = 80  # of 240 positions, in steps of 64 where few count
+RNG = np.random.default_rng(0)
+HIDDEN, KERNEL, BIAS = RNG.normal(size=(B, L, D)), RNG.normal(size=(D, C)), RNG.normal(size=C)
+LABELS = RNG.integers(0, C, (B, L))
+MASKS = {
+    "none": np.zeros((B, L), bool),
+    "one": np.arange(B * L).reshape(B, L) == 77,
+    "answers": np.arange(L) >= np.array([[60], [50], [57], [31]]),
+    "scattered": RNG.random((B, L)) < 0.4,
+    "most": RNG.random((B, L)) < 0.9,
+    "all": np.ones((B, L), bool),
+}
+
+
+@pytest.mark.parametrize("size", [1, 5, 16, 40])
+@pytest.mark.parametrize("step_size", [1, 2, 5, 16])
+def test_every_position_that_counts_is_in_one_block(size, step_size):
+    """In no more blocks than it takes: full ones, and of the last one what there is in smaller steps."""
+    step_size = min(size, step_size)
+
+    def step(rows, carry):
+        visits, full, small = carry
+        visits = visits.at[rows].add(1, mode="drop")
+        return visits, full + (rows.size == size), small + (rows.size != size)
+
+    @jax.jit
+    def visit(keep):
+        ordered = order.order_of(keep, size)
+        return order.by_blocks(ordered, size, step_size, step, (jnp.zeros(keep.size, int), 0, 0))
+
+    for mask in MASKS.values():
+        keep = mask[:, :10]
+        visits, full, small = visit(keep)
+        np.testing.assert_array_equal(visits.reshape(keep.shape), keep)
+        count = keep.sum()
+        assert full == (count + step_size - 1) // size
+        assert small == max(0, -(-(count - full * size) // step_size))
+        assert count <= full * size + small * step_size < count + step_size
+
+
+def loss(module, arrays, mask, by_labels=False, **options):
+    """Of `jxent`, or of `reference` by full logits."""
+    labels = LABELS
+    if by_labels:
+        labels = np.where(mask, labels, -100)
+    else:
+        options["where"] = mask
+    if module is jxent:
+        return jxent.linear_cross_entropy(*arrays[:2], labels, bias=arrays[2], block_size=BLOCK, **options)
+    options.pop("recompute", None)
+    return reference.cross_entropy(arrays[0] @ arrays[1] + arrays[2], labels, **options)
+
+
+ARRAYS = tuple(map(np.asarray, (HIDDEN, KERNEL, BIAS)))
+MODES = ("", "r", "f", "rf", "fr")
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.covering("scattered-none-False-True-r", "answers-mean-False-False-fr")
+@pytest.mark.parametrize("modes", MODES)
+@pytest.mark.parametrize("by_labels", [False, True])
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("name", MASKS)
+def test_equals_full_logits(name, reduction, recompute, by_labels, modes):
+    options = {"by_labels": by_labels, "reduction": reduction, "recompute": recompute}
+    if name == "none" and reduction == "mean":
+        modes = ""  # NaN, and gradients of 0: see below
+    at = jax.tree.map(jnp.asarray, ARRAYS)
+
+    def of(module, *at):
+        return loss(module, at, MASKS[name], **options)
+
+    found, wanted = (differentiated(partial(of, module), modes)(*at) for module in (jxent, reference))
+    chex.assert_trees_all_close(found, wanted, rtol=1e-11, atol=1e-12)
+
+
+def test_positions_without_a_weight_are_computed():
+    """What docs/performance.md says to do for the time of all positions: the same loss, by one loop of known length."""
+    mask, options = MASKS["answers"], {"vocab_axis": 1, "block_size": BLOCK}
+    f = partial(jxent.linear_cross_entropy, HIDDEN.astype(np.float32), KERNEL.astype(np.float32), **options)
+    weighed = jax.jit(
+        lambda mask: f(jnp.where(mask, LABELS, 0), sample_weight=mask.astype(jnp.float32), ignore_index=None)
+    )
+    np.testing.assert_allclose(weighed(mask), f(LABELS, where=mask), rtol=1e-6)
+    assert "known_trip_count" in optimized(weighed).lower(mask).compile().as_text()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_what_they_hold_reaches_nothing(reduction):
+    """One program for all masks, whatever the positions hold that do not count; their gradients are zeros."""
+    traces = []
+
+    @jax.jit
+    def f(arrays, mask):
+        traces.append(mask)
+        value, pull = jax.vjp(lambda *at: loss(jxent, at, mask, reduction=reduction), *arrays)
+        return value, pull(jnp.ones_like(value))
+
+    for mask in MASKS.values():
+        hidden = np.where(mask[..., None], HIDDEN, np.nan).astype(np.float32)
+        arrays = hidden, KERNEL.astype(np.float32), BIAS.astype(np.float32)
+        value, grads = f(arrays, mask)
+        np.testing.assert_array_equal(grads[0][~mask], 0)
+        chex.assert_tree_all_finite(grads)
+        assert np.isnan(value).any() == (reduction == "mean" and not mask.any())
+    assert len(traces) == 1
+
+
+OTHERS = {
+    "statistics": lambda at, where: jxent.linear_cross_entropy(
+        *at[:2], LABELS, where=where, block_size=BLOCK, reduction="none", return_stats=True
+    ),
+    "probabilities": lambda at, where: jxent.linear_cross_entropy(
+        *at[:2], jax.nn.softmax(HIDDEN @ KERNEL), where=where, block_size=BLOCK, label_smoothing=0.1, z_loss_weight=0.1
+    ),
+    "sparse labels": lambda at, where: jxent.linear_cross_entropy(
+        *at[:2],
+        jxent.SparseLabels(np.stack([LABELS, (LABELS + 1) % C], -1), np.full((B, L, 2), 0.5)),
+        where=where,
+        block_size=BLOCK,
+    ),
+    "KL": lambda at, where: jxent.linear_kl_divergence(*at[:2], jnp.cos(at[0]), at[1], where=where, block_size=BLOCK),
+    "JS": lambda at, where: jxent.linear_js_divergence(*at[:2], jnp.cos(at[0]), at[1], where=where, block_size=BLOCK),
+}
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("name", short(OTHERS, "statistics", "sparse labels", "KL"))
+@pytest.mark.parametrize("mask", short(MASKS, "answers"))
+def test_other_losses(mask, name):
+    """As by the blocks of all positions, which `jax.vmap` takes."""
+    at, keep = jax.tree.map(jnp.asarray, ARRAYS), MASKS[mask]
+
+    def total(where, at):
+        out = OTHERS[name](at, where)
+        floats = [a for a in jax.tree.leaves(out) if jnp.issubdtype(a.dtype, jnp.floating)]
+        return sum(jnp.sum(jnp.sin(a)) for a in floats if a.shape != () or name != "statistics")
+
+    found = jax.grad(lambda at: jnp.where(keep.any(), total(keep, at), 0.0))(at)
+    wanted = jax.grad(lambda at: jnp.where(keep.any(), jax.vmap(partial(total, at=at))(keep[None])[0], 0.0))(at)
+    chex.assert_trees_all_close(found, wanted, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.usefixtures("x64")
+def test_vmap():
+    """Over examples that have masks of their own, and over kernels with one mask for all."""
+    masks = np.stack([MASKS[name] for name in ("none", "one", "scattered")])
+    kernels = jnp.stack([KERNEL, 2 * KERNEL, -KERNEL])
+    at = jnp.asarray(HIDDEN), jnp.asarray(BIAS)
+
+    def f(module, kernel, mask):
+        return jax.value_and_grad(lambda k: loss(module, (at[0], k, at[1]), mask, reduction="sum"))(kernel)
+
+    for axes, mask in ((0, 0), masks), ((0, None), MASKS["scattered"]):
+        found, wanted = (jax.jit(jax.vmap(partial(f, module), axes))(kernels, mask) for module in (jxent, reference))
+        chex.assert_trees_all_close(found, wanted, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("mode", ["Auto", "Explicit", "shard_map"])
+def test_devices_with_masks_of_their_own(mode):
+    """Two devices of four share the positions; of the "answers" one has 4 times as many as the other."""
+    kind = AxisType.Explicit if mode == "Explicit" else AxisType.Auto
+    mesh = jax.make_mesh((2, 2, 2), ("data", "sequence", "vocab"), axis_types=(kind,) * 3)
+    specs = P("data", "sequence"), P(None, "vocab"), P("data", "sequence"), P("data", "sequence")
+    kernel = np.concatenate([KERNEL, KERNEL[:, :1]], 1)
+
+    def f(hidden, kernel, labels, mask, **options):
+        return jxent.linear_cross_entropy(hidden, kernel, labels, where=mask, block_size=2 * BLOCK, **options)
+
+    def mapped(*arrays):
+        named = partial(f, axis_name="vocab", batch_axis_name=("data", "sequence"))
+        return jax.shard_map(named, mesh=mesh, in_specs=specs, out_specs=P())(*arrays)
+
+    for mask in MASKS.values():
+        arrays = tuple(map(jnp.asarray, (HIDDEN, kernel, LABELS, mask)))
+        wanted = jax.value_and_grad(f, (0, 1))(*arrays)
+        with jax.set_mesh(mesh):
+            placed = [jax.device_put(a, NamedSharding(mesh, spec)) for a, spec in zip(arrays, specs, strict=True)]
+            found = jax.jit(jax.value_and_grad(mapped if mode == "shard_map" else f, (0, 1)))(*placed)
+        chex.assert_trees_all_close(jax.tree.map(np.asarray, found), wanted, rtol=1e-11, atol=1e-12)
+
+
+def lengths_are_known(text, *kernels):
+    """Whether it is of the loop, or the two, that carries the gradient of a kernel of these types."""
+    loops = [line for line in text.splitlines() if " while(" in line and any(kernel in line for kernel in kernels)]
+    known = ["known_trip_count" in line for line in loops]
+    assert known in ([True], [False], [False, False])
+    return known[0]
+
+
+@pytest.mark.covering
+@pytest.mark.parametrize("way", ["Auto", "Explicit", "named"])
+@pytest.mark.parametrize(
+    ("hidden", "kernel"), [(P("data"), P()), (P("data"), P("data")), (P("data"), P("data", "vocab"))]
+)
+def test_one_number_more_crosses_the_devices(hidden, kernel, way):
+    """What may be skipped adds no collective but the largest count, before the loop, where classes are sharded too."""
+    vocab = "vocab" in kernel
+    axes = {"data": 4, "vocab": 2} if vocab else {"data": 8}
+    kind = AxisType.Explicit if way == "Explicit" else AxisType.Auto
+    mesh = jax.make_mesh((*axes.values(),), (*axes,), axis_types=(kind,) * len(axes))
+    kernel_shapes = "f32[16,48]" if vocab else "f32[16,96]", "f32[4,48]", "f32[2,96]"
+    names = {"batch_axis_name": "data", "axis_name": "vocab" if vocab else None} if way == "named" else {}
+    arrays = [
+        jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+        for shape, dtype, spec in (
+            ((8, 128, 16), jnp.float32, hidden),
+            ((16, 96), jnp.float32, kernel),
+            ((8, 128), jnp.int32, hidden),
+        )
+    ]
+
+    def moved(**options):
+        loss = partial(jxent.linear_cross_entropy, block_size=16 * axes["data"], reduction="sum", **names, **options)
+        gradients = jax.value_and_grad(loss, (0, 1))
+        shardings = NamedSharding(mesh, P()), tuple(array.sharding for array in arrays[:2])
+        with jax.set_mesh(mesh):
+            text = jax.jit(gradients, out_shardings=shardings).lower(*arrays).compile().as_text()
+        assert lengths_are_known(text, *kernel_shapes) == (options != {})
+        return Counter((c.kind, c.size, c.in_loop) for c in collectives(text))
+
+    without = moved(ignore_index=None)
+    assert sum(without.values()) > 0
+    assert moved() == without + Counter({("all-reduce", 1, False): 1} if vocab else {})
+
+
+def test_loops_of_dynamic_length():
+    """Two of them have three matmuls each; and neither is there where nothing can be excluded."""
+
+    def of(hidden, kernel, labels, where=None):
+        return jxent.linear_cross_entropy(hidden, kernel, labels, where=where, block_size=128)
+
+    shapes = ((512, 8), jnp.float32), ((8, 100), jnp.float32), ((512, 100), jnp.float32), ((512,), bool)
+    arrays = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
+    for given, dots, known in ((arrays[:3], 3, True), (arrays, 6, False)):
+        text = optimized(jax.value_and_grad(of, (0, 1))).lower(*given).compile().as_text()
+        assert text.count(" dot(") == dots
+        assert lengths_are_known(text, "f32[8,100]", "f32[100,8]") == known
