@@ -41,9 +41,10 @@ def kl(hidden, kernel, labels, where):
 
 
 def cross_entropy(**options):
-    return lambda *arrays_and_mask: jnp.sum(
-        jxent.linear_cross_entropy(*arrays_and_mask[:3], where=arrays_and_mask[3], **options)
-    )
+    def loss(hidden, kernel, labels, where):
+        return jnp.sum(jxent.linear_cross_entropy(hidden, kernel, labels, where=where, **options))
+
+    return loss
 
 
 def with_gradients(loss):

@@ -264,7 +264,7 @@ def temporaries(model, optimizer, tokens, loss, labels=None):
 
 
 def milliseconds(model, tokens, labels):
-    """The time of the loss and its gradients after the model; the median of seven calls, after one that compiles."""
+    """The time of the loss and its gradients, given the hidden states; the median of seven calls, after one more."""
     f = jax.jit(jax.value_and_grad(partial(jxent.linear_cross_entropy, vocab_axis=0), (0, 1)))
     args = model(tokens), model.embed.embedding[...], labels
     times = timeit.repeat(lambda: jax.block_until_ready(f(*args)), number=1, repeat=8)

@@ -99,8 +99,8 @@ def linear_cross_entropy(
       sample_weight: multiplies each position's loss and its share of the mean's denominator; broadcasts to the leading
         shape of `hidden`.
       where: boolean, broadcasts to the leading shape of `hidden`; False leaves a position out, whatever its hidden
-        state holds. Positions that are left out, by this or by `ignore_index`, take no time: the blocks are of those
-        that count. Not so under `jax.vmap`, nor for `Auto` axes on several TPUs that are not named.
+        state holds. The blocks are of the positions that count, after this and `ignore_index`, and the time follows
+        their number; docs/performance.md says where not.
       ignore_index: a position with this index label is left out; None leaves none out.
       label_smoothing: in [0, 1]; the share of each label that is spread evenly over the classes.
       z_loss_weight: adds ``z_loss_weight * logsumexp(logits)**2`` to the loss of each position that counts.

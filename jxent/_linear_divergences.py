@@ -65,7 +65,7 @@ def linear_kl_divergence(
       sample_weight: multiplies each position's divergence and its share of the mean's denominator; broadcasts to the
         leading shape.
       where: boolean, broadcasts to the leading shape; False leaves a position out, whatever its hidden states hold. It
-        takes no time, see `linear_cross_entropy`.
+        is not computed, as in `linear_cross_entropy`.
       reduction: ``"mean"``, ``"sum"`` or ``"none"``, as in `kl_divergence`. With ``"none"`` the gradients are computed
         in the backward pass.
       axis_name, batch_axis_name: mesh axes over which vocabulary and positions are sharded, those of both sides alike,
@@ -139,7 +139,7 @@ def linear_js_divergence(
       vocab_axis: the axis of the vocabulary, -1 or 0, or a pair of them, as in `linear_kl_divergence`.
       temperature: divides both logits first.
       sample_weight: multiplies each position's divergence and its share of the mean's denominator.
-      where: boolean; False leaves a position out, whatever its hidden states hold, and takes no time.
+      where: boolean; False leaves a position out, whatever its hidden states hold, and is not computed.
       reduction: ``"mean"``, ``"sum"`` or ``"none"``, as in `kl_divergence`.
       axis_name, batch_axis_name: mesh axes over which vocabulary and positions are sharded, those of both sides alike.
       block_size: how many positions are in flight at once, at most.

@@ -151,7 +151,7 @@ OTHERS = {
 @pytest.mark.parametrize("name", short(OTHERS, "statistics", "sparse labels", "KL"))
 @pytest.mark.parametrize("mask", short(MASKS, "answers"))
 def test_other_losses(mask, name):
-    """As by the blocks of all positions, which `jax.vmap` takes."""
+    """As by blocks of all positions, which are those of `jax.vmap`."""
     at, keep = jax.tree.map(jnp.asarray, ARRAYS), MASKS[mask]
 
     def total(where, at):
@@ -177,6 +177,43 @@ def test_vmap():
     for axes, mask in ((0, 0), masks), ((0, None), MASKS["scattered"]):
         found, wanted = (jax.jit(jax.vmap(partial(f, module), axes))(kernels, mask) for module in (jxent, reference))
         chex.assert_trees_all_close(found, wanted, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.covering
+@pytest.mark.parametrize(
+    "specs", [(P("data"), P()), (P("data"), P(None, "vocab")), (P(None, "data"), P(None, "vocab"))]
+)
+@pytest.mark.parametrize("mode", ["Explicit", "Auto", "shard_map"])
+def test_vmap_on_a_mesh(mode, specs):
+    """Over examples with masks of their own, that are sharded or whose positions are: by loops of known length."""
+    mesh = jax.make_mesh(
+        (2, 2), ("data", "vocab"), axis_types=(AxisType["Explicit" if mode == "Explicit" else "Auto"],) * 2
+    )
+    arrays = HIDDEN, np.concatenate([KERNEL, KERNEL[:, :1]], 1), LABELS, MASKS["answers"]
+    placed_as = specs[0], specs[1], specs[0], specs[0]
+
+    def example(hidden, kernel, labels, where, **options):
+        return jxent.linear_cross_entropy(hidden, kernel, labels, where=where, block_size=8, reduction="sum", **options)
+
+    def total(hidden, kernel, labels, where, **options):
+        per_example = jax.vmap(partial(example, **options), (0, None, 0, 0))
+        return jnp.sum(jnp.sin(per_example(hidden, kernel, labels, where)))
+
+    def mapped(*arrays):
+        over = "data" if "data" in specs[0][:1] else None
+        named = partial(total, axis_name="vocab" if "vocab" in specs[1] else None)
+        return jax.lax.psum(named(*arrays), over) if over else named(*arrays, batch_axis_name="data")
+
+    f = mapped if mode == "shard_map" else total
+    if mode == "shard_map":
+        f = jax.shard_map(mapped, mesh=mesh, in_specs=placed_as, out_specs=P())
+    with jax.set_mesh(mesh):
+        placed = [jax.device_put(a, NamedSharding(mesh, spec)) for a, spec in zip(arrays, placed_as, strict=True)]
+        program = jax.jit(jax.value_and_grad(f, (0, 1))).lower(*placed).compile()
+        found = jax.tree.map(np.asarray, program(*placed))
+    wanted = jax.value_and_grad(total, (0, 1))(*map(jnp.asarray, arrays))
+    chex.assert_trees_all_close(found, jax.tree.map(np.asarray, wanted), rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.usefixtures("x64")
@@ -249,14 +286,20 @@ def test_one_number_more_crosses_the_devices(hidden, kernel, way):
 
 
 def test_loops_of_dynamic_length():
-    """Two of them have three matmuls each; and neither is there where nothing can be excluded."""
-
-    def of(hidden, kernel, labels, where=None):
-        return jxent.linear_cross_entropy(hidden, kernel, labels, where=where, block_size=128)
-
+    """Two of them have three matmuls each; neither is there where nothing can be excluded or one block is all."""
     shapes = ((512, 8), jnp.float32), ((8, 100), jnp.float32), ((512, 100), jnp.float32), ((512,), bool)
     arrays = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
+
+    def program(*given, block_size=128):
+        def of(hidden, kernel, labels, where=None):
+            return jxent.linear_cross_entropy(hidden, kernel, labels, where=where, block_size=block_size)
+
+        return optimized(jax.value_and_grad(of, (0, 1))).lower(*given).compile()
+
     for given, dots, known in ((arrays[:3], 3, True), (arrays, 6, False)):
-        text = optimized(jax.value_and_grad(of, (0, 1))).lower(*given).compile().as_text()
+        text = program(*given).as_text()
         assert text.count(" dot(") == dots
         assert lengths_are_known(text, "f32[8,100]", "f32[100,8]") == known
+    one_block = program(*arrays, block_size=512)
+    assert one_block.as_text().count(" dot(") == 3
+    assert " while(" not in one_block.as_text()

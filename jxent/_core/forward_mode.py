@@ -15,6 +15,7 @@ from typing import NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.custom_batching import custom_vmap
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero, zero_from_primal
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
@@ -73,8 +74,8 @@ def in_one_piece(function: Callable[..., T], plain: Callable[..., T], *operands)
     """``function(*operands)``, which JAX does not take apart while it separates values from tangents.
 
     It would look for what does not change in a loop of the function, and so lose the `custom_jvp` rules in it.
-    Tangents are those of the function. Gradients, and tangents of tangents, are those of `plain`, which returns the
-    same by operations that have them.
+    Tangents of any order are those of the function. What is transposed, for gradients, and what `jax.vmap` maps is
+    `plain`, which returns the same by operations that have a transpose.
     """
     leaves, tree = jax.tree.flatten(operands)
     structures = []  # of the results, known once the function has been traced
@@ -117,9 +118,21 @@ def _in_one_piece(function, plain, leaves):
         still = [zero_from_primal(array, symbolic_zeros=True) for array in out]
         return out, [next(moved) if i in floats else still[i] for i in range(len(out))]
 
-    rule = jax.custom_jvp(function)
+    rule = jax.custom_jvp(function if function is plain else plain_under_vmap(function, plain))
     rule.defjvp(jvp, symbolic_zeros=True)
     return rule(*leaves)
+
+
+def plain_under_vmap(function, plain):
+    """`function`, but `plain` where `jax.vmap` maps: a list of arrays of arrays."""
+    mapped = custom_vmap(function)
+
+    @mapped.def_vmap
+    def _(size, is_mapped, *arrays):
+        out = jax.vmap(plain, [0 if each else None for each in is_mapped], axis_size=size)(*arrays)
+        return out, [True] * len(out)
+
+    return mapped
 
 
 def jvp_of_moving(function, moving, arrays, tangents):

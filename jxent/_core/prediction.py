@@ -2,7 +2,7 @@
 
 The index of a maximum is found by comparisons, for which a CPU takes 15 times as long as for the maximum. So there the
 maximum of each block of classes comes first, then the block that has the largest, then the class in that block; if the
-classes are so many that these are numbers of less than 2% of the logits.
+classes are so many that these numbers are few beside the logits, and have a divisor that suits.
 """
 
 from functools import partial

@@ -40,11 +40,12 @@ def on_each_device(sweep, asked, sizes, plan, others, inputs, coefficients):
 def in_step(shards, *axes):
     """The axes, of these tuples, whose devices take the same number of blocks, as of `swept`; None if one is None.
 
-    While others sum over the classes of a block, no device may have left the loop.
+    While others sum over the classes of a block, no device may have left the loop. Those that share a position have one
+    mask; but a number that is wrong, where a caller's masks differ, is better than a device that waits for ever.
     """
     if None in axes:
         return None
-    return tuple(dict.fromkeys(a for of in axes for a in of if a not in shards.axis_name)) if shards.axis_name else ()
+    return tuple(dict.fromkeys(a for of in (shards.axis_name, *axes) for a in of)) if shards.axis_name else ()
 
 
 def _over_devices(sweep, plan, sparse, name, grad):

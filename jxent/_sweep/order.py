@@ -1,11 +1,11 @@
 """The positions that count, one after the other, in blocks; and no more blocks than they fill.
 
 With prompts masked or padding most positions have no share in a loss, and their matmuls would be wasted. Shapes are
-static, but the number of blocks need not be. Full blocks come first. What is left, unless it nearly fills a block, is
-computed in smaller steps, so that few positions cost little.
+static, but the number of blocks need not be. Full blocks come first. What is left is computed in smaller steps, so that
+few positions cost little, unless it lacks less than a step of a full block.
 
-The loops are of dynamic length, and so have no gradient. A `lax.cond` in one of static length has, but then XLA would
-compute what nobody uses.
+The loops are of dynamic length, and so cannot be differentiated backwards. A loop of static length with a `lax.cond` in
+it could, but XLA computes the results of a `cond` that nobody uses.
 
 A block of such positions is gathered, and what comes of it scattered, by their indices. That is for one device, which
 holds all of the positions: where only the compiler knows how they are sharded, it would gather them from all devices.
@@ -22,7 +22,7 @@ class Order(NamedTuple):
     """Which positions of an array of `shape` count; the axes of the positions taken as one."""
 
     shape: tuple[int, ...]
-    rows: Array  # those that count in their order, and after them the number of all positions, which is none of them
+    rows: Array  # those that count in their order, and then the number of all positions, an index out of range
     counted: Array  # how many
 
     @property
@@ -31,21 +31,17 @@ class Order(NamedTuple):
 
 
 def order_of(keep, room):
-    """The `Order` of a mask; `room` is the most that a block takes beyond the end."""
+    """The `Order` of a mask; `room` is the size of the largest block, of which no slice may run past the end."""
     number = keep.size
     index = jnp.sort(jnp.where(keep.reshape(number), jnp.arange(number, dtype=jnp.int32), number))
     return Order(keep.shape, jnp.pad(index, (0, room), constant_values=number), jnp.sum(keep, dtype=jnp.int32))
-
-
-def block_shape(order, size):
-    return (*(1 for _ in order.shape[1:]), size)
 
 
 def take(order, rows, array):
     """The given positions of an array whose leading axes are those of the positions, along the last; zeros for none."""
     rest = array.shape[len(order.shape) :]
     block = array.reshape(order.number, *rest).at[rows].get(mode="fill", fill_value=0, indices_are_sorted=True)
-    return block.reshape(*block_shape(order, rows.size), *rest)
+    return block.reshape(*[1] * (len(order.shape) - 1), rows.size, *rest)
 
 
 def put(order, rows, array, block):

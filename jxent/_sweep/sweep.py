@@ -196,9 +196,9 @@ def default_block_size(cpu, asked, positions, classes):
 def swept(sweep, asked, inputs, coefficients, together=None) -> tuple[Swept, dict[str, Array]]:
     """(`Swept`, gradients) as of `_block`, of all positions; the gradients in `_storable` dtypes.
 
-    Where the classes are sharded over `axis_name`, the gradients of `hidden` are this shard's share. With `together`,
-    the arrays are one device's, and blocks of positions that do not count are skipped; it names the mesh axes whose
-    devices take as many blocks as the fullest of them.
+    Where the classes are sharded over `axis_name`, the gradients of `hidden` are this shard's share. `together` is None
+    where all positions are computed; of arrays that are one device's, blocks are of those that count, and it names the
+    mesh axes, if any, whose devices take as many blocks as the fullest of them.
     """
     plain = partial(on_cpu, partial(_swept, sweep, asked, None))
     function = plain if together is None else partial(on_cpu, partial(_swept, sweep, asked, together))
@@ -232,11 +232,12 @@ def _swept(sweep, asked, together, cpu, inputs, coefficients):
         return (out, each), {name: grad for name, grad in grads.items() if name not in POSITIONAL}
 
     arrays = {name: getattr(inputs, name) for name in POSITIONAL}, coefficients
-    size, least = math.prod(blocks.size), LEAST_STEP[cpu]
-    if together is not None and inputs.keep is not None and (blocks.number > 1 or size > least):
-        (out, grads), sums = _counted_blocks(size, min(size, max(least, size // 8)), together, block, arrays)
-    elif blocks.number == 1:
+    if blocks.number == 1:
         (out, grads), sums = block(*arrays)
+    elif together is not None and inputs.keep is not None:
+        size = math.prod(blocks.size)
+        step_size = min(size, max(LEAST_STEP[cpu], size // 8))
+        (out, grads), sums = _counted_blocks(size, step_size, together, block, arrays)
     else:
         (out, grads), sums = _all_blocks(blocks, block, arrays)
     for name, vocab_axis in (("kernel", sweep.vocab_axis), ("kernel_p", sweep.vocab_axis_p)):
@@ -266,7 +267,7 @@ def _all_blocks(blocks, block, arrays):
 
 
 def _counted_blocks(size, step_size, together, block, arrays):
-    """The same, of the positions that count."""
+    """What `_all_blocks` returns, but of the positions that count, with zeros for the others."""
     keep = arrays[0]["keep"]
     counted = order.order_of(keep, size)
     counted = counted._replace(counted=largest(cast(counted.counted, checked(together)), together))
