@@ -96,10 +96,18 @@ def test_skipped_positions(mode):
     def found(**options):
         summed = functools.partial(loss, reduction="sum", **options)
         text = linear_program(mesh, P("data", "sequence"), P(None, "vocab"), loss=summed).as_text()
-        return collections.Counter((c.kind, c.size, c.in_loop) for c in collectives(text))
+        return " sort(" in text, collections.Counter((c.kind, c.size, c.in_loop) for c in collectives(text))
 
-    more = {("all-reduce", 1, False): 1} if mode == "Explicit" else {}
-    assert found() == found(ignore_index=None) + collections.Counter(more)
+    (ordered, skipping), (never_ordered, all_of_them) = found(), found(ignore_index=None)
+    assert skipping == all_of_them + collections.Counter({("all-reduce", 1, False): 1} if mode == "Explicit" else {})
+    assert ordered == (mode == "Explicit")
+    assert not never_ordered
+
+
+def test_one_chip_skips_positions():
+    """Which are put in order first; with `Auto` axes that the compiler need not shard over, too."""
+    one = Mesh(np.array(chips("v5e:2x4"))[:1], ("data",), axis_types=(AxisType.Auto,))
+    assert " sort(" in linear_program(one, P(), P()).as_text()
 
 
 @pytest.mark.parametrize("wrt", [(0, 1), (0,)], ids=["both", "frozen kernel"])
