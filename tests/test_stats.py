@@ -226,6 +226,29 @@ def test_gradients(function, kind, reduction, names, x64):
         chex.assert_trees_all_close(got[name], want[name], rtol=1e-10, atol=1e-11)
 
 
+@pytest.mark.usefixtures("x64")
+def test_masked_classes_have_no_share_in_the_entropy():
+    """Value, gradient and second derivatives are those of the other classes alone."""
+    x, direction = np.random.default_rng(13).normal(size=(2, N, C))
+    masked = np.where(np.arange(C) == 2, -np.inf, x)
+
+    def entropy(x):
+        return jnp.sum(jxent.cross_entropy(x, jnp.zeros(N, int), return_stats=True)[1].entropy)
+
+    def derivatives(x, direction):
+        def tangent(x):
+            return jax.jvp(entropy, (x,), (direction,))[1]
+
+        return entropy(x), jax.grad(entropy)(x), jax.jvp(jax.grad(entropy), (x,), (direction,))[1], jax.grad(tangent)(x)
+
+    value, *found = jax.jit(derivatives)(masked, direction)
+    of_others, *wanted = derivatives(np.delete(x, 2, 1), np.delete(direction, 2, 1))
+    np.testing.assert_allclose(value, of_others, rtol=1e-12)
+    for got, want in zip(found, wanted, strict=True):
+        np.testing.assert_array_equal(got[:, 2], 0)
+        np.testing.assert_allclose(np.delete(got, 2, 1), want, rtol=1e-10, atol=1e-14)
+
+
 @pytest.mark.parametrize("classes", [2, 1000])
 def test_gradients_near_certainty(classes):
     """In float32, against 50 digits, relative to the size of the two terms."""

@@ -122,7 +122,7 @@ def product_of_p(p, cost, unit):
 @product_of_p.defjvp
 def _product_of_p_jvp(primals, tangents):
     (p, cost, unit), (dp, dcost, _) = primals, tangents
-    return product_of_p(p, cost, unit), dp * jnp.minimum(cost, most(unit)) + p * dcost
+    return product_of_p(p, cost, unit), dp * marginal(p, cost, unit) + p * dcost
 
 
 # --- of one logit alone -----------------------------------------------------------------------------------------------
