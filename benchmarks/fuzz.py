@@ -6,10 +6,10 @@
     python benchmarks/fuzz.py --seed 7 --programs 42 --out fuzz.json     # a hundred thousand, and their record
 
 Each program is a random `Config` of tests/random_calls.py, or of random_divergences.py or random_sigmoid.py beside it:
-function, shapes, dtypes, options. It gets many cases of random values, some of them hostile. float16, bfloat16 and
-float32 are judged in float64, and a few cases of every program with many digits; float64 with many digits alone. Prints
-the worst relative errors in Markdown, and whatever exceeds what is promised, with the configuration and the seed; with
-`--out` writes a JSON record; exits with 1 if anything does.
+function, shapes, dtypes, options, what makes the logits, and how far XLA optimises. It gets many cases of random
+values, some of them hostile. float16, bfloat16 and float32 are judged in float64, and a few cases of every program with
+many digits; float64 with many digits alone. Prints the worst relative errors in Markdown, and whatever exceeds what is
+promised, with the configuration and the seed; with `--out` writes a JSON record; exits with 1 if anything does.
 """
 
 import argparse
@@ -29,6 +29,7 @@ import random_divergences as divergences
 import random_sigmoid as sigmoid
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+LEVELS = (None, None, 0, 3)  # of XLA's optimisations
 MODULES = {module.Config: module for module in (calls, divergences, sigmoid)}
 
 
@@ -76,6 +77,8 @@ def random_loss(flag, one_of, dtype):
         recompute=linear and flag(),
         reduction=one_of("mean", "sum", "none"),
         differentiated=("loss",) if nll else one_of(("loss",), *of_stats),
+        producer=None if linear else one_of(None, None, *calls.PRODUCERS),
+        level=one_of(*LEVELS),
     )
 
 
@@ -85,7 +88,7 @@ def random_divergence(flag, one_of, dtype):
         function=f"{'linear_' if linear else ''}{'js' if jensen_shannon else 'kl'}_divergence",
         positions=one_of((1,), (4,), (7,), (2, 3)),
         classes=one_of(1, 2, 3, 5, 10, 33, 100),
-        features=one_of((3, 3), (8, 8), (1, 4)),
+        features=one_of((3, 3), (8, 8), (1, 4), (1, 1)),
         axis=one_of((-1, -1), (-1, 0), (0, -1)) if linear else one_of(-1, 0, 1),
         dtype=dtype,
         beta=one_of(0.5, 0.1, 0.9) if jensen_shannon else None,
@@ -97,6 +100,8 @@ def random_divergence(flag, one_of, dtype):
         block_size=one_of(None, 1, 3) if linear else None,
         recompute=linear and flag(),
         reduction=one_of("mean", "sum", "none"),
+        producer=None if linear else one_of(None, None, *calls.PRODUCERS),
+        level=one_of(*LEVELS),
     )
 
 
@@ -111,6 +116,7 @@ def random_sigmoid(flag, one_of, dtype):
         label_smoothing=one_of(0.0, 0.1, 1.0),
         traced=flag(),
         reduction=one_of("mean", "sum", "none"),
+        level=one_of(*LEVELS),
     )
 
 

@@ -12,6 +12,7 @@ statistics have such terms, too; those of the entropy are p[j] (m - x[j]) and p[
 Sparse labels are judged as the class probabilities that they stand for.
 """
 
+import functools
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -49,6 +50,8 @@ class Config(NamedTuple):
     recompute: bool = False
     reduction: str = "mean"
     differentiated: tuple[str, ...] = ("loss",)  # what has a cotangent: the loss, statistics, or both
+    producer: str | None = None  # what makes the logits within the program, which a compiler may do anew in each pass
+    level: int | None = None  # of XLA's optimisations, None for its default
 
     @property
     def linear(self):
@@ -78,14 +81,18 @@ def draw(config, rng, cases):
         unit = 2.0 ** rng.integers(-3, 2, (cases, 1, 1))
         hidden = rng.integers(-3, 4, (cases, n, config.features)) * 1.0
         kernel = rng.integers(-4, 5, (cases, config.features, c)) * unit
+        if config.features == 1 and not config.bias:  # one product, which any compiler rounds alike, if it rounds it
+            hidden, kernel = (array * rng.uniform(1, 2, array.shape) for array in (hidden, kernel))
         values["hidden"], values["kernel"] = hidden.astype(config.dtype), kernel.astype(config.dtype)
         if config.bias:
             values["bias"] = (rng.integers(-8, 9, (cases, c)) * unit[:, 0]).astype(config.dtype)
     else:
         values["logits"] = scores(config, rng, shape)
+        if config.producer:
+            values["logits"], values["right"] = operands(config, rng, values["logits"])
     labels, masked = rng.integers(0, c, (cases, n)), np.zeros(shape, bool)
     if not config.linear:  # of some, a class that is not masked; half the time the largest
-        x = values["logits"].astype(np.float64)
+        x = produced(config, values["logits"], values.get("right")).astype(np.float64)
         largest, masked = np.argmax(x, -1), np.isneginf(x)
         label_masked = np.take_along_axis(masked, labels[..., None], -1)[..., 0]
         labels = np.where(label_masked | (rng.random((cases, n)) < 0.5), largest, labels)
@@ -155,6 +162,34 @@ def scores(config, rng, shape):
         x = np.where((kind >= 20) & (rng.random(each) < 0.3), -np.inf, x)
         x = np.where(np.all(np.isneginf(x), -1, keepdims=True), 0.0, x)
     return held(config, x)
+
+
+PRODUCERS = {"product": np.multiply, "sum": np.add}  # of the logits
+
+
+def operands(config, rng, logits):
+    """The left and the right operand of which the producer makes logits that are near these."""
+    x = logits.astype(np.float64)
+    right = held(config, rng.uniform(1, 2, x.shape))
+    left = x / right if config.producer == "product" else x - right
+    left = np.where(np.abs(left) < 4 * tiny(config), 0, left)  # subnormal numbers are taken for 0
+    return held(config, left), right
+
+
+def produced(config, left, right):
+    """The logits."""
+    return PRODUCERS[config.producer](left, right).astype(config.dtype) if config.producer else left
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def producer(name, left, right):
+    """The logits within a program, whose gradients are given to the left operand as they are."""
+    return getattr(jnp, PRODUCERS[name].__name__)(left, right)
+
+
+@producer.defjvp
+def _producer_jvp(name, primals, tangents):
+    return producer(name, *primals), tangents[0]
 
 
 def held(config, x):
@@ -233,7 +268,10 @@ def call(config, values):
             out = jxent.linear_cross_entropy(hidden, kernel, labels, **given)
         else:
             labels = place(labels) if config.probabilities and not config.entries else labels
-            out = getattr(jxent, config.function)(place(wanted["logits"]), labels, axis=config.axis, **given)
+            logits = wanted["logits"]
+            if config.producer:
+                logits = producer(config.producer, logits, values["right"])
+            out = getattr(jxent, config.function)(place(logits), labels, axis=config.axis, **given)
         value, stats = out if isinstance(out, tuple) else (out, None)
         differentiated = {name: value if name == "loss" else getattr(stats, name) for name in config.differentiated}
         return differentiated, (value, stats)
@@ -253,15 +291,17 @@ def call(config, values):
 one = jax.jit(call, static_argnums=0)
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def batched(call, config, values):
-    return jax.vmap(partial(call, config))(values)
+@functools.cache
+def batched(call, config):
+    """The program of a config."""
+    options = {} if config.level is None else {"xla_backend_optimization_level": config.level}
+    return jax.jit(jax.vmap(partial(call, config)), compiler_options=options)
 
 
 def run(config, values, call=call):
     """Name -> array of (cases, ...), in float64: "loss", statistics, and "d " + the name of each gradient."""
     with jax.enable_x64(config.dtype == "float64"):
-        value, stats, gradients = jax.device_get(batched(call, config, jax.tree.map(jnp.asarray, values)))
+        value, stats, gradients = jax.device_get(batched(call, config)(jax.tree.map(jnp.asarray, values)))
     return named(config, value, stats, gradients)
 
 
@@ -298,10 +338,12 @@ def _expected(config, values, a):
         hidden = a.array(np.where(keep[..., None], values["hidden"].astype(np.float64), 0))
         kernel = a.array(values["kernel"])
         x = matmul(hidden, kernel)
+        if config.features == 1:
+            x = a.array(x.astype(wide_of(config)))  # else it has no rounding
         if config.bias:
             x = x + a.array(values["bias"])[:, None]
     else:
-        logits = values["logits"].astype(np.float64)
+        logits = produced(config, values["logits"], values.get("right")).astype(np.float64)
         subnormal = np.abs(logits) < tiny(config)  # which XLA takes for 0
         x = a.array(np.where(subnormal, 0, logits))
     b, n, _ = x.shape

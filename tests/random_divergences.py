@@ -34,6 +34,8 @@ class Config(NamedTuple):
     block_size: int | None = None
     recompute: bool = False
     reduction: str = "mean"
+    producer: str | None = None  # as in random_calls.py, of the logits of both sides
+    level: int | None = None
 
     @property
     def linear(self):
@@ -68,7 +70,12 @@ def _rows(config, rng, cases):
     noise = rng.normal(size=shape) * rng.choice([30, 1, 1e-2, 1e-4, 1e-6, 0], row)
     near = p.astype(np.float64) + noise + rng.choice([0, 0, 1e4, -300], row)
     q = np.where(rng.random(row) < 0.3, calls.scores(config, rng, shape), calls.held(config, near))
-    return {"logits_p": p, "logits_q": q}
+    if not config.producer:
+        return {"logits_p": p, "logits_q": q}
+    p, right = calls.operands(config, rng, p)
+    q = np.where(np.isneginf(q), q, q - right) if config.producer == "sum" else q / right
+    q = np.where(np.abs(q.astype(np.float64)) < 4 * calls.tiny(config), 0, q)
+    return {"logits_p": p, "logits_q": calls.held(config, q), "right": right}
 
 
 def _layers(config, rng, cases):
@@ -79,6 +86,9 @@ def _layers(config, rng, cases):
     for side, features in zip("pq", config.features, strict=True):
         values[f"hidden_{side}"] = rng.integers(-3, 4, (cases, config.number, features)) * 1.0
         values[f"kernel_{side}"] = rng.integers(-4, 5, (cases, features, c)) * unit
+        if features == 1 and not config.bias:
+            for name in (f"hidden_{side}", f"kernel_{side}"):
+                values[name] = values[name] * rng.uniform(1, 2, values[name].shape)
         if config.bias:
             offset = rng.choice([0, 0, 200], (cases, 1))
             values[f"bias_{side}"] = (rng.integers(-8, 9, (cases, c)) + offset) * unit[:, 0]
@@ -113,14 +123,17 @@ def call(config, values):
     options: dict[str, Any] = {} if config.beta is None else {"beta": config.beta}
     if config.where:
         options["where"] = values["where"].reshape(shape)
-    wanted = {name: array for name, array in values.items() if name not in ("where", "cotangent")}
+    wanted = {name: array for name, array in values.items() if name not in ("where", "cotangent", "right")}
 
     def divergence(wanted):
         given = options | {"reduction": config.reduction, "temperature": wanted.get("temperature", config.temperature)}
         if config.sample_weight:
             given["sample_weight"] = wanted["sample_weight"].reshape(shape)
         if not config.linear:
-            rows = [wanted[f"logits_{side}"].reshape(*shape, config.classes) for side in "pq"]
+            rows = [wanted["logits_p"], wanted["logits_q"]]
+            if config.producer:
+                rows = [calls.producer(config.producer, row, values["right"]) for row in rows]
+            rows = [row.reshape(*shape, config.classes) for row in rows]
             return function(*(jnp.moveaxis(x, -1, config.axis) for x in rows), axis=config.axis, **given)
         layers = []
         for side, axis in zip("pq", config.axis, strict=True):
@@ -158,10 +171,13 @@ def _expected(config, values, a):
             hidden = a.array(np.where(keep[..., None], values[f"hidden_{side}"].astype(np.float64), 0))
             layers[side] = hidden, a.array(values[f"kernel_{side}"])
             x[side] = calls.matmul(*layers[side])
+            if hidden.shape[-1] == 1:
+                x[side] = a.array(x[side].astype(calls.wide_of(config)))  # else it has no rounding
             if config.bias:
                 x[side] = x[side] + a.array(values[f"bias_{side}"])[:, None]
         else:
-            logits = np.where(keep[..., None], values[f"logits_{side}"].astype(np.float64), 0)
+            logits = calls.produced(config, values[f"logits_{side}"], values.get("right")).astype(np.float64)
+            logits = np.where(keep[..., None], logits, 0)
             x[side] = a.array(np.where(abs(logits) < tiny, 0, logits))  # XLA takes subnormal numbers for 0
     temperature = calls.as_held(config, config.temperature)
     of_row = oracle.divergence(x["p"], x["q"], temperature, config.beta, np.finfo(calls.wide_of(config)), a)

@@ -27,6 +27,7 @@ class Config(NamedTuple):
     label_smoothing: float = 0.0
     traced: bool = False  # the smoothing as an array, by which there is a gradient
     reduction: str = "mean"
+    level: int | None = None  # as in random_calls.py
 
     @property
     def function(self):

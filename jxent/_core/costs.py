@@ -30,7 +30,7 @@ from jxent._core.divergences import Divergence
 from jxent._core.labels import Entries, by_index, out_of_range
 from jxent._core.passes import Class, Passes, compute_dtype, given
 from jxent._core.shards import Shards, local_index, total
-from jxent._core.terms import expm1
+from jxent._core.terms import below_top, expm1
 from jxent._core.weights import along, is_used, product_of
 
 
@@ -245,7 +245,7 @@ class SparseLabel(_Label):
 
     def rows(self, passes, kept, cotangent):
         x, share, cost = self.taken(passes)
-        others = self.summed(jnp.where(x.astype(passes.dtype) == passes.arrays.top, 0, share))
+        others = self.summed(share * below_top(x, passes.arrays.top, jnp.ones((), passes.dtype)))
         return cotangent, share, cost, targets.Sums(self.summed(share), others)
 
     def gradient(self, c, rows):

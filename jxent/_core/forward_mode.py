@@ -9,7 +9,7 @@ Further derivatives, of the residuals, are those of the code: of `fwd`, of `bwd`
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from typing import NamedTuple, TypeVar
 
 import jax
@@ -35,7 +35,11 @@ def with_forward_mode(rule, tangent, symbolic_zeros=False, program=None):
     tangents of what has gradients. It is linear in those of the arguments, which are None where an array does not move.
     Likewise the rule's `bwd` meets None for a cotangent of 0, if another is not. `program` returns that of `linear`.
     """
-    function = jax.custom_jvp(rule, nondiff_argnums=(0,))
+
+    @partial(jax.custom_jvp, nondiff_argnums=(0,))
+    @wraps(rule)
+    def function(static, *primals):
+        return mapped_with(rule(static, *primals), primals)
 
     def jvp(static, primals, tangents):
         leaves, tree = jax.tree.flatten(primals)
@@ -44,6 +48,7 @@ def with_forward_mode(rule, tangent, symbolic_zeros=False, program=None):
         if symbolic_zeros:
             leaves = [CustomVJPPrimal(leaf, i in moving) for i, leaf in enumerate(leaves)]
         out, residuals = rule.fwd(static, *tree.unflatten(leaves))
+        out = mapped_with(out, primals)
         of_gradients, of_none = out
         differentiable, tree_of_differentiable = jax.tree.flatten(of_gradients)
         still = [zero_from_primal(leaf, symbolic_zeros=True) for leaf in jax.tree.leaves(of_none)]
@@ -98,7 +103,8 @@ def _in_one_piece(function, plain, leaves):
         moving = [i for i, tangent in enumerate(tangents) if not isinstance(tangent, SymbolicZero)]
         along = [tangents[i] for i in moving]
         if function is plain:
-            return jvp_of_moving(function, moving, primals, along)
+            out, moved = jvp_of_moving(function, moving, primals, along)
+            return mapped_with(out, primals), moved
         out = rule(*primals)
         floats = [i for i, array in enumerate(out) if jnp.issubdtype(array.dtype, jnp.floating)]
 
@@ -118,7 +124,8 @@ def _in_one_piece(function, plain, leaves):
         still = [zero_from_primal(array, symbolic_zeros=True) for array in out]
         return out, [next(moved) if i in floats else still[i] for i in range(len(out))]
 
-    rule = jax.custom_jvp(function if function is plain else plain_under_vmap(function, plain))
+    value = function if function is plain else plain_under_vmap(function, plain)
+    rule = jax.custom_jvp(lambda *primals: mapped_with(value(*primals), primals))
     rule.defjvp(jvp, symbolic_zeros=True)
     return rule(*leaves)
 
@@ -148,8 +155,7 @@ def jvp_of_moving(function, moving, arrays, tangents):
 @jax.custom_jvp
 def moving_where(mask, array):
     """The array, which to differentiation is a constant where the mask is False."""
-    del mask
-    return array
+    return mapped_with(array, mask)
 
 
 @moving_where.defjvp
@@ -157,7 +163,62 @@ def _moving_where_jvp(primals, tangents):
     return moving_where(*primals), only(primals[0], tangents[1])
 
 
-# --- the primitive ----------------------------------------------------------------------------------------------------
+# --- a value that `jax.vmap` maps wherever it maps its tangent --------------------------------------------------------
+
+
+def mapped_with(values: T, operands) -> T:
+    """The values, trees of arrays, which `jax.vmap` is to map wherever it maps any of the operands.
+
+    For the values of a `custom_jvp` function. If its tangent takes an operand that its value ignores, such as a mask,
+    `jax.vmap` over that operand would map the tangent alone. JAX then raises, or returns wrong numbers. To a compiler
+    this is nothing.
+    """
+    leaves, tree = jax.tree.flatten(values)
+    return tree.unflatten(mapped_with_p.bind(*leaves, *jax.tree.leaves(operands), number=len(leaves)))
+
+
+mapped_with_p = Primitive("jxent_mapped_with")
+mapped_with_p.multiple_results = True
+
+
+@mapped_with_p.def_impl
+def _values(*operands, number):
+    return list(operands[:number])
+
+
+@mapped_with_p.def_abstract_eval
+def _types_of_values(*operands, number):
+    return list(operands[:number])
+
+
+def _jvp_of_values(primals, tangents, *, number):
+    return mapped_with_p.bind(*primals, number=number), tangents[:number]
+
+
+def _transpose_of_values(cotangents, *operands, number):
+    return [*cotangents, *[None] * (len(operands) - number)]
+
+
+def _map_values(axis_data, operands, axes, *, number):
+    at = next((i for i, axis in enumerate(axes) if axis is not None), None)
+    if at is None:
+        return mapped_with_p.bind(*operands, number=number), [None] * number
+    names = {"axis_name": axis_data.name, "axis_size": axis_data.size, "spmd_axis_name": axis_data.spmd_name}
+
+    def value_of_each(value, axis):
+        return value if axis is not None else jax.vmap(lambda _: value, (axes[at],), **names)(operands[at])
+
+    values = [value_of_each(*pair) for pair in zip(operands[:number], axes, strict=False)]
+    return values, [axis or 0 for axis in axes[:number]]
+
+
+ad.primitive_jvps[mapped_with_p] = _jvp_of_values
+ad.primitive_transposes[mapped_with_p] = _transpose_of_values
+batching.fancy_primitive_batchers[mapped_with_p] = _map_values
+mlir.register_lowering(mapped_with_p, mlir.lower_fun(_values, multiple_results=True))
+
+
+# --- the primitive of tangents ----------------------------------------------------------------------------------------
 
 
 class Map(NamedTuple):

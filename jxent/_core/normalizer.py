@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jxent._core.forward_mode import linear
+from jxent._core.forward_mode import linear, mapped_with
 from jxent._core.passes import Arrays, Moving, Passes
 from jxent._core.shards import each_shards_own, first_class, largest, shards_of, shared_cotangent
 from jxent._core.terms import confident
@@ -65,7 +65,7 @@ def normalizer(logits, label, axis, cap, dtype, room=False, axis_name=()) -> Nor
     log_normalizer = jnp.where(empty, -jnp.inf, log_normalizer)
     shards = shards_of(axis_name)  # as their tangents, or `jax.vmap` would take these to be shared and those not
     top, log_z, log_normalizer = each_shards_own((top, log_z, log_normalizer), shards, first_class(shards, 1))
-    return Normalizer(top, log_z, log_normalizer, passes.arrays.exp)
+    return mapped_with(Normalizer(top, log_z, log_normalizer, passes.arrays.exp), (logits, label))
 
 
 # With dz[j] = dx[j] - dm, d log_z = sum of p[j] dz[j], for any dm, as a shift of all logits changes no probability.

@@ -155,15 +155,13 @@ class Class:
 
     @cached_property
     def below_max(self) -> Array:
-        """0 for the class with the largest logit and 1 below it.
+        """0 for the class with the largest logit and 1 below it, where p of the largest is above 2/3.
 
-        Kept exponentials tell the two apart only where p of the largest is above 2/3, which is where it matters; a
-        label that they lack counts as below.
+        Elsewhere it is any number from 0 to 1 for a class whose logit is not much smaller. A label that kept
+        exponentials lack counts as below.
         """
         if self.arrays.exp is not None:
-            return lax.stop_gradient(
-                jnp.minimum((self.unit - self.arrays.exp) * (terms.most(self.unit) / 4), self.unit)
-            )
+            return lax.stop_gradient(terms.below_top_of_exponentials(self.arrays.exp, self.unit))
         return lax.stop_gradient(terms.below_top(self._logit, given(self.arrays.top), self.unit))
 
     @property
@@ -277,7 +275,10 @@ class Passes:
         self.arrays = self.arrays._replace(moving=tangents)
 
     def mean_at_max(self, term) -> Array:
-        """The mean of a term over the classes with the largest logit, a row array; 0 where there is none."""
+        """The mean of a term at the largest logit, or over several that are not much smaller; 0 where there is none.
+
+        A row array. Only where p of the largest is above 2/3 is it sure to be the term of one class.
+        """
         number = jnp.maximum(self.sum(lambda c: c.at_max), 1)
         return self.sum(lambda c: c.at_max * term(c)) / number
 

@@ -1,5 +1,6 @@
 """The rule of the costs: their values forwards, their gradients backwards, and what is kept in between."""
 
+import math
 from functools import partial, reduce
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from jxent._core.normalizer import normalizer
 from jxent._core.passes import Arrays, Moving, Passes, given, on_cpu
 from jxent._core.prediction import largest_class
 from jxent._core.shards import each_shards_own, local_index, sharded_like, shared_cotangent
+from jxent._core.terms import rounded
 from jxent._core.weights import along, only
 
 
@@ -57,7 +59,8 @@ def costs_fwd(form, room, inputs) -> tuple[Any, Any]:
     label = None
     if by_index(labels):
         index = local_index(clipped(labels, classes, axis), inputs.first)
-        label = index, at_label(logits, index, axis, form.shards.axis_name)
+        label_logit = at_label(logits, index, axis, form.shards.axis_name).astype(inputs.dtype)
+        label = index, rounded(label_logit, jnp.minimum(jnp.abs(label_logit), 1))
     left_out = label if leaves_label_out(form, labels, logits.shape[axis]) else None
     cap, axis_name = form.logit_softcap, form.shards.axis_name
     row = normalizer(logits, left_out, (axis,), cap, inputs.dtype, room, axis_name)
@@ -140,7 +143,7 @@ def _moved(form, residuals, passes, dlogits):
         label_dx = passes.dx_of(None if form.logit_softcap is None else picked(inputs.logits), picked(dlogits))
     reference = passes.dx_of(passes.arrays.top, passes.mean_at_max(lambda c: c.dlogit))
     if passes.lacks_label:
-        label_is_largest = residuals.kept["label"] == residuals.log_z
+        label_is_largest = residuals.kept["label"] - residuals.log_z < math.log(4 / 3)  # see `terms.below_top`
         reference = jnp.where(label_is_largest, given(label_dx), reference)
     passes.moving(passes.arrays.moving._replace(reference=reference))
     log_z = passes.sum(lambda c: c.p_but_label * c.dz)

@@ -29,9 +29,20 @@ def most(unit):
     return float(jnp.finfo(unit.dtype).max) * unit
 
 
+def rounded(x, number):
+    """x, of any finite `number` up to 1e20. A compiler must round x before it takes anything off the result.
+
+    Where x is a product that a compiler takes anew, it would otherwise fuse x - m into one operation, which does not
+    round x, and x - m would not be 0 at the largest x. No compiler knows that the factor here is 1.
+    """
+    return x * (1 + number * 1e-30)
+
+
 @partial(jax.custom_jvp, nondiff_argnums=(3,))
 def centered(logits, top, log_z, cap, unit):
-    """x - m, in the dtype of `unit`: exactly 0 at the largest logit `top`. `log_z` matters to the tangent alone.
+    """x - m, in the dtype of `unit`: exactly 0 at the largest logit `top`, if `log_z` is known.
+
+    Where it is None, x - m may have the rounding of x at the largest logit too. The tangent takes `log_z` as well.
 
     x is the logit, or cap * tanh(logit / cap). With a = top / cap and b = logit / cap,
 
@@ -39,8 +50,9 @@ def centered(logits, top, log_z, cap, unit):
 
     which does not cancel, as the difference of two rounded tanh would.
     """
-    del log_z
     x, top = logits.astype(unit.dtype), top.astype(unit.dtype)
+    if log_z is not None:
+        x = rounded(x, log_z)
     if cap is None:
         return x - top
     cap = cap * unit
@@ -69,9 +81,18 @@ def confident(log_z):
 
 
 def below_top(logits, top, unit):
-    """0 at the largest logit `top` and 1 below it."""
+    """0 at the largest logit `top`, 1 at those that lie at least log 2 below it, and a number between 0 and 1 between.
+
+    Where the largest has to be told apart, its p is at least 2/3, and no other logit lies between. A comparison with
+    `top` itself would hang on the last bit of the logits, which a compiler may compute twice.
+    """
     distance = top.astype(unit.dtype) - logits.astype(unit.dtype)
-    return jnp.minimum(distance * (most(unit) / 4), unit)
+    return jnp.minimum(jnp.maximum(16 * unit * distance - 4 * unit, 0 * unit), unit)
+
+
+def below_top_of_exponentials(exp, unit):
+    """`below_top` by the exponentials exp(x - m), which are 1 at the largest logit."""
+    return jnp.minimum(jnp.maximum(6 * unit - 8 * unit * exp, 0 * unit), unit)
 
 
 def slope(logits, cap, values, unit: float | Array = 1.0):

@@ -1,0 +1,188 @@
+"""`jax.vmap` over every array argument of every function, alone and in pairs, while the others are shared.
+
+Gradients of the mapped function, gradients mapped, and second derivatives are compared with a loop over the examples,
+in float64. The cases are a table of all functions and of the kinds of labels.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from itertools import combinations
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jxent
+
+EXAMPLES, POSITIONS, CLASSES, FEATURES = 2, 3, 4, 2
+ARRAYS = {  # name -> how to draw an example
+    "logits": lambda rng: rng.normal(size=(POSITIONS, CLASSES)),
+    "hidden": lambda rng: rng.normal(size=(POSITIONS, FEATURES)),
+    "kernel": lambda rng: rng.normal(size=(FEATURES, CLASSES)),
+    "bias": lambda rng: rng.normal(size=CLASSES),
+    "labels": lambda rng: rng.permutation([1, 3, -100]),
+    "probabilities": lambda rng: rng.dirichlet(np.ones(CLASSES), POSITIONS),
+    "indices": lambda rng: rng.integers(0, CLASSES, (POSITIONS, 2)),
+    "shares": lambda rng: rng.dirichlet(np.ones(2), POSITIONS),
+    "class_weight": lambda rng: rng.uniform(0.5, 2, CLASSES),
+    "sample_weight": lambda rng: rng.uniform(0.5, 2, POSITIONS),
+    "where": lambda rng: rng.permutation([True, True, False]),
+    "label_smoothing": lambda rng: rng.uniform(0.1, 0.3),
+    "z_loss_weight": lambda rng: rng.uniform(0.1, 0.3),
+    "temperature": lambda rng: rng.uniform(0.5, 2),
+    "pos_weight": lambda rng: rng.uniform(0.5, 2, CLASSES),
+    "where_class": lambda rng: rng.permuted(np.tile([True, True, True, False], (POSITIONS, 1)), axis=-1),
+    "where_logit": lambda rng: rng.random((POSITIONS, CLASSES)) < 0.7,
+    "weight_of_logit": lambda rng: rng.uniform(0.5, 2, (POSITIONS, CLASSES)),
+}
+LIKE = {"logits_p": "logits", "hidden_p": "hidden", "kernel_p": "kernel", "bias_p": "bias", "yes": "probabilities"}
+
+
+class Case(NamedTuple):
+    function: Callable
+    positional: tuple[str, ...]
+    keywords: Mapping[str, str]  # keyword of the function -> name of the array
+    options: Mapping[str, Any] = MappingProxyType({})
+
+
+def keywords(*names, **renamed):
+    return {name: name for name in names} | renamed
+
+
+POSITIONAL = keywords("sample_weight", "where")
+ALL = keywords("class_weight", "sample_weight", "where", "label_smoothing", "z_loss_weight")
+LINEAR = ALL | keywords("bias")
+OF_P, OF_Q = ("hidden_p", "kernel_p"), ("hidden", "kernel")
+OF_BOTH = POSITIONAL | keywords("bias_p", "temperature", bias_q="bias")
+STATS = {"return_stats": True}
+CASES = {
+    "logsumexp": Case(jxent.logsumexp, ("logits",), keywords(where="where_class")),
+    "softmax": Case(jxent.softmax, ("logits",), keywords(where="where_class")),
+    "log_softmax": Case(jxent.log_softmax, ("logits",), keywords(where="where_class")),
+    "nll-index": Case(jxent.nll_loss, ("logits", "labels"), POSITIONAL | keywords("class_weight")),
+    "nll-probability": Case(jxent.nll_loss, ("logits", "probabilities"), POSITIONAL | keywords("class_weight")),
+    "nll-sparse": Case(jxent.nll_loss, ("logits", "sparse"), POSITIONAL),
+    "plain": Case(jxent.cross_entropy, ("logits", "labels"), keywords("where")),
+    "index": Case(jxent.cross_entropy, ("logits", "labels"), ALL),
+    "probability": Case(jxent.cross_entropy, ("logits", "probabilities"), ALL),
+    "sparse": Case(jxent.cross_entropy, ("logits", "sparse"), ALL),
+    "stats": Case(jxent.cross_entropy, ("logits", "labels"), POSITIONAL, STATS),
+    "stats-probability": Case(jxent.cross_entropy, ("logits", "probabilities"), POSITIONAL, STATS),
+    "linear-index": Case(jxent.linear_cross_entropy, (*OF_Q, "labels"), LINEAR),
+    "linear-none": Case(jxent.linear_cross_entropy, (*OF_Q, "labels"), LINEAR, {"reduction": "none"}),
+    "linear-stats": Case(jxent.linear_cross_entropy, (*OF_Q, "labels"), POSITIONAL, STATS | {"reduction": "sum"}),
+    "linear-probability": Case(jxent.linear_cross_entropy, (*OF_Q, "probabilities"), LINEAR, {"block_size": 2}),
+    "linear-sparse": Case(jxent.linear_cross_entropy, (*OF_Q, "sparse"), POSITIONAL, {"recompute": True}),
+    "kl": Case(jxent.kl_divergence, ("logits_p", "logits"), POSITIONAL | keywords("temperature")),
+    "js": Case(jxent.js_divergence, ("logits_p", "logits"), POSITIONAL | keywords("temperature"), {"beta": 0.3}),
+    "linear-kl": Case(jxent.linear_kl_divergence, (*OF_P, *OF_Q), OF_BOTH),
+    "linear-js": Case(jxent.linear_js_divergence, (*OF_P, *OF_Q), OF_BOTH, {"reduction": "none"}),
+    "sigmoid": Case(
+        jxent.sigmoid_cross_entropy,
+        ("logits", "yes"),
+        keywords("pos_weight", "label_smoothing", sample_weight="weight_of_logit", where="where_logit"),
+    ),
+}
+
+
+def names_of(case):
+    names = [*case.positional, *case.keywords.values()]
+    return [part for name in names for part in (("indices", "shares") if name == "sparse" else (name,))]
+
+
+def call(case, arrays):
+    """A scalar of all that the function returns and that has gradients, with coefficients that differ."""
+    arrays = arrays | {"sparse": jxent.SparseLabels(arrays.get("indices"), arrays.get("shares"))}
+    given = {keyword: arrays[name] for keyword, name in case.keywords.items()}
+    out = case.function(*(arrays[name] for name in case.positional), **given, **case.options)
+    loss, stats = out if isinstance(out, tuple) else (out, None)
+    parts = [loss] if stats is None else [loss, stats.log_prob, stats.log_normalizer, stats.entropy]
+    return sum(jnp.vdot(jnp.cos(jnp.arange(part.size) + i), part.ravel()) for i, part in enumerate(parts))
+
+
+def drawn(names):
+    """name -> (EXAMPLES, ...), floating point arrays apart from others."""
+    rng = np.random.default_rng(5)
+    arrays = {name: np.stack([ARRAYS[LIKE.get(name, name)](rng) for _ in range(EXAMPLES)]) for name in names}
+    floats = {name: jnp.asarray(a) for name, a in arrays.items() if np.issubdtype(a.dtype, np.floating)}
+    return floats, {name: jnp.asarray(a) for name, a in arrays.items() if name not in floats}
+
+
+def derivatives(order, total, floats, directions):
+    """The gradient, and for order 2 the second derivative along the directions, in two orders of the modes."""
+
+    def pushed(floats):
+        return jax.jvp(total, (floats,), (directions,))[1]
+
+    if order == 1:
+        return {"gradient": jax.grad(total)(floats)}
+    gradient, product = jax.jvp(jax.grad(total), (floats,), (directions,))
+    return {"gradient": gradient, "forward over reverse": product, "reverse over forward": jax.grad(pushed)(floats)}
+
+
+@functools.cache
+def of_example(name, order):
+    """The program of `derivatives` of one example."""
+
+    def program(floats, rest, directions):
+        return derivatives(order, lambda floats: call(CASES[name], floats | rest), floats, directions)
+
+    return jax.jit(program)
+
+
+def mapped_sets():
+    """Every argument alone, with derivatives of both orders; and every pair of them, with gradients."""
+    for name, case in CASES.items():
+        names = names_of(case)
+        for mapped in (*((n,) for n in names), *combinations(names, 2)):
+            for order in (1, 2) if len(mapped) == 1 else (1,):
+                slow = len(mapped) == 2 or (order == 2 and name.startswith("linear"))
+                marks = pytest.mark.exhaustive if slow else ()
+                yield pytest.param(name, mapped, order, id=f"{name}-{'+'.join(mapped)}-{order}", marks=marks)
+
+
+@pytest.mark.covering("plain-where-2", "kl-where-1", "index-where-1", "stats-labels-1", "sparse-indices-1")
+@pytest.mark.parametrize(("name", "mapped", "order"), list(mapped_sets()))
+def test_vmap_is_a_loop(name, mapped, order, x64):
+    floats, rest = drawn(names_of(CASES[name]))
+
+    def shared(arrays):
+        """Those that are not mapped, as the first example has them."""
+        return {key: array if key in mapped else array[0] for key, array in arrays.items()}
+
+    def example(arrays, i):
+        return {key: array[i] if key in mapped else array for key, array in arrays.items()}
+
+    floats, rest = shared(floats), shared(rest)
+    directions = {key: jnp.cos(array) for key, array in floats.items()}
+    axes = [{key: 0 if key in mapped else None for key in arrays} for arrays in (floats, rest)]
+    weights = jnp.arange(1.0, EXAMPLES + 1)
+
+    def value(floats, rest):
+        return call(CASES[name], floats | rest)
+
+    @jax.jit
+    def program(floats, rest, directions):
+        def total(floats):
+            return jnp.vdot(weights, jax.vmap(value, axes)(floats, rest))
+
+        return derivatives(order, total, floats, directions), jax.vmap(jax.grad(value), axes)(floats, rest)
+
+    of_total, of_each = program(floats, rest, directions)
+    loop = [
+        of_example(name, order)(*(example(arrays, i) for arrays in (floats, rest, directions))) for i in range(EXAMPLES)
+    ]
+    for key in floats:
+        for what, got in of_total.items():
+            want = np.stack([weight * of_one[what][key] for weight, of_one in zip(weights, loop, strict=True)])
+            assert_close(got[key], want if key in mapped else want.sum(0), f"{what} by {key}")
+        want = np.stack([of_one["gradient"][key] for of_one in loop])
+        assert np.any(want), key
+        assert_close(of_each[key], want, f"of each example, by {key}")
+
+
+def assert_close(got, want, what):
+    np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-12, err_msg=what)
