@@ -14,7 +14,6 @@ import pytest
 
 import jxent
 from jxent._loss import annotations
-from jxent._loss.names import ELSEWHERE
 
 PACKAGE = pathlib.Path(jxent.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
@@ -136,8 +135,3 @@ def test_overloads_take_the_options_of_the_signature(function, options):
     by_name = {name: p.annotation for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
     assert by_name.pop("return_stats") == "bool"
     assert {name: hint.__forward_arg__ for name, hint in options.__annotations__.items()} == by_name
-
-
-def test_names_of_other_libraries_lead_to_names_here():
-    here = {name for function in CALLS for name in inspect.signature(getattr(jxent, function)).parameters}
-    assert {name for names, _ in ELSEWHERE.values() for name in names} <= here
