@@ -210,7 +210,8 @@ def _checked_layer(name, of, side, vocab_axis):
     hidden = checks.floating(name, "hidden" + of, hidden)
     kernel = checks.floating(name, "kernel" + of, kernel)
     vocab_axis = checks.kernel_axis(name, hidden, kernel, vocab_axis, of)
-    return hidden, kernel, checks.per_class(name, "bias" + of, bias, kernel.shape[vocab_axis]), vocab_axis
+    bias = checks.per_class(name, "bias" + of, bias, kernel.shape[vocab_axis], hidden.dtype)
+    return hidden, kernel, bias, vocab_axis
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))

@@ -85,7 +85,7 @@ def sigmoid_cross_entropy(
     name = "sigmoid_cross_entropy"
     logits = checks.floating(name, "logits", logits, "convert it with .astype(jnp.float32), or swap it with labels")
     labels = label_checks.binary_labels(name, logits, labels)
-    pos_weight = checks.optional_floating(name, "pos_weight", pos_weight)
+    pos_weight = checks.real(name, "pos_weight", pos_weight, logits.dtype)
     checks.broadcastable(name, "pos_weight", pos_weight, logits.shape, "the logits")
     # Every logit is a position: a class axis of size 1 makes it so.
     as_classes = jax.ShapeDtypeStruct((*logits.shape, 1), logits.dtype)

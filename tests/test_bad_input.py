@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen, nnx
 from jax.experimental import checkify
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
@@ -30,6 +31,10 @@ SOFTMAXES = ("logsumexp", "softmax", "log_softmax")
 DIVERGENCES = ("kl_divergence", "js_divergence")
 BINARY = "sigmoid_cross_entropy"
 LINEAR_DIVERGENCES = ("linear_kl_divergence", "linear_js_divergence")
+
+SPARSE = jxent.SparseLabels(np.zeros((N, 2), np.int32), np.full((N, 2), 0.5, np.float32))
+FLAX_LAYER = nnx.Linear(F, C, rngs=nnx.Rngs(0))
+FLAX_EMBEDDING = nnx.Embed(C, F, rngs=nnx.Rngs(0))
 
 # --- the table --------------------------------------------------------------------------------------------------------
 
@@ -89,7 +94,22 @@ def scores_rows(function, name):
         ("int", ints(N, C), TypeError, wanted, "got int32", "astype"),
         ("bool", jnp.ones((N, C), bool), TypeError, wanted, "got bool", "astype"),
         ("complex", jnp.ones((N, C), jnp.complex64), TypeError, wanted, "got complex64"),
-        ("float8", jnp.ones((N, C), jnp.float8_e4m3fn), TypeError, wanted, "got float8_e4m3fn", "astype"),
+        (
+            "float8",
+            jnp.ones((N, C), jnp.float8_e4m3fn),
+            TypeError,
+            wanted,
+            "got float8_e4m3fn",
+            r"jnp\.bfloat16.*scale",
+        ),
+        ("int-list", [[1, 2], [0, 1]], TypeError, wanted, "got int32", rf"jnp\.asarray\({name}, jnp\.float32\)"),
+        ("sparse", SPARSE, TypeError, "must be an array", "got SparseLabels", "labels"),
+        ("tuple-of-arrays", tuple(SPARSE), TypeError, "must be an array", "got a tuple of 2 arrays"),
+        ("record", jxent.Stats(*[floats()] * len(jxent.Stats._fields)), TypeError, "got a Stats", "one of its fields"),
+        ("parameters", {"kernel": 1, "bias": 0}, TypeError, "must be an array", "keys 'kernel', 'bias'$"),
+        ("boxed", linen.Partitioned(floats(N, C), (None, None)), TypeError, "must be an array", r"\.unbox\(\)"),
+        ("layer", FLAX_LAYER, TypeError, "must be an array", r"pass its \.kernel$"),
+        ("embedding", FLAX_EMBEDDING, TypeError, "must be an array", r"\.embedding with vocab_axis=0$"),
         ("none", None, TypeError, "must be an array", "got None"),
         ("text", "logits", TypeError, "must be an array", "got 'logits'"),
         ("dict", {"a": 1.0}, TypeError, "must be an array", r"got \{'a': 1.0\} \(dict\)"),
@@ -133,6 +153,7 @@ def softmax_rows(function):
         "where",
         ("int", ints(N, C), TypeError, "must be boolean", "got int32", r"mask != 0"),
         ("float", floats(N, C), TypeError, "must be boolean", "got float32", r"mask != 0"),
+        ("list", [1] * C, TypeError, "must be boolean", "got int32", r"jnp\.asarray\(mask\) != 0"),
         ("text", "classes", TypeError, "must be an array", "got 'classes'"),
         ("shape", jnp.ones(N, bool), ValueError, rf"broadcast to the logits, \({N}, {C}\)", rf"got shape \({N},\)"),
         ("rank", jnp.ones((1, N, C), bool), ValueError, "broadcast to the logits", rf"got shape \(1, {N}, {C}\)"),
@@ -167,6 +188,8 @@ def label_rows(function, name):
         ("bool-one-hot", jnp.ones((N, C), bool), TypeError, kind, "got bool", r"one-hot.*\.astype\(jnp\.float32\)$"),
         ("complex", jnp.ones(N, jnp.complex64), TypeError, kind, "got complex64"),
         ("float8", jnp.ones((N, C), jnp.float8_e4m3fn), TypeError, kind, "got float8_e4m3fn"),
+        ("plain-pair", tuple(SPARSE), TypeError, "must be an array", r"jxent\.SparseLabels\(indices, probabilities\)"),
+        ("pair-in-lists", [*SPARSE], ValueError, probability, rf"got \(2, {N}, 2\)", r"jxent\.SparseLabels\("),
         ("none", None, TypeError, "must be an array", "got None"),
         ("text", "cat", TypeError, "must be an array", "got 'cat'"),
         ("index-short", ints(N - 1), ValueError, index, rf"\({N},\)", rf"got \({N - 1},\)"),
@@ -223,8 +246,9 @@ def weight_rows(function):
     return position_rows(function) + rows_of(
         function,
         "class_weight",
-        ("bool", jnp.ones(C, bool), TypeError, "must be floating point", "got bool", "astype"),
+        ("complex", jnp.ones(C, jnp.complex64), TypeError, "must be floating point", "got complex64", "astype"),
         ("text", "balanced", TypeError, "must be an array", "got 'balanced'"),
+        ("number", 2.0, ValueError, classes, r"got .*\(\)"),
         ("short", floats(C - 1), ValueError, classes, rf"got .*\({C - 1},\)"),
         ("column", floats(C, 1), ValueError, classes, rf"got .*\({C}, 1\)"),
         ("scalar", floats(), ValueError, classes, r"got .*\(\)"),
@@ -237,8 +261,8 @@ def position_rows(function):
     return rows_of(
         function,
         "sample_weight",
-        ("int", ints(N), TypeError, floating, "got int32", "where=", "astype"),
-        ("bool", jnp.ones(N, bool), TypeError, floating, "got bool", "where="),
+        ("complex", jnp.ones(N, jnp.complex64), TypeError, floating, "got complex64", "astype"),
+        ("float8", jnp.ones(N, jnp.float8_e4m3fn), TypeError, floating, "got float8_e4m3fn", "bfloat16"),
         ("text", "balanced", TypeError, "must be an array", "got 'balanced'"),
         ("long", floats(N + 1), ValueError, positions, rf"got shape \({N + 1},\)"),
         ("column", floats(N, 1), ValueError, positions, rf"got shape \({N}, 1\)"),
@@ -308,7 +332,7 @@ def scalar_rows(function, name, wanted, values):
         ("bool", True, TypeError, "must be a number", "got True"),
         ("text", "some", TypeError, "must be a number", "got 'some'"),
         ("complex", 0.5j, TypeError, "must be a number", "got .*complex"),
-        ("int-array", jnp.int32(1), TypeError, "must be a number or a floating-point scalar", "got .*int32"),
+        ("bool-array", jnp.bool_(True), TypeError, "must be a number or a floating-point scalar", "got .*bool"),
         ("float8-array", jnp.ones((), jnp.float8_e4m3fn), TypeError, "must be a number", "got .*float8_e4m3fn"),
         ("vector", floats(1), ValueError, "must be a number or a scalar", r"got shape \(1,\)"),
         *((str(v), v, ValueError, wanted, f"got {v}") for v in values),
@@ -363,8 +387,8 @@ def linear_rows():
         + rows_of(
             function,
             "bias",
-            ("int", ints(C), TypeError, "must be floating point", "got int32", "astype"),
-            ("flag", True, TypeError, "must be floating point", "got bool"),
+            ("complex", jnp.ones(C, jnp.complex64), TypeError, "must be floating point", "got complex64", "astype"),
+            ("flag", True, ValueError, "one entry per class", r"got \(\)"),
             ("text", "zeros", TypeError, "must be an array", "got 'zeros'"),
             ("short", floats(C - 1), ValueError, "one entry per class", rf"\({C},\)", rf"got \({C - 1},\)"),
             ("features", floats(F), ValueError, "one entry per class", rf"\({C},\)", rf"got \({F},\)"),
@@ -427,6 +451,7 @@ def binary_rows():
             "labels",
             ("complex", jnp.ones((N, C), jnp.complex64), TypeError, kind, "got complex64"),
             ("none", None, TypeError, "must be an array", "got None"),
+            ("sparse", SPARSE, TypeError, "must be an array", "got SparseLabels"),
             ("indices", ints(N), ValueError, rf"\({N}, {C}\)", rf"got \({N},\)", "given by its index", "cross_entropy"),
             ("column", ints(N, 1), ValueError, rf"\({N}, {C}\)", rf"got \({N}, 1\)", "cross_entropy"),
             ("long", ints(N + 1, C), ValueError, rf"\({N}, {C}\)", rf"got \({N + 1}, {C}\)$"),
@@ -434,14 +459,14 @@ def binary_rows():
         + rows_of(
             function,
             "pos_weight",
-            ("int", ints(C), TypeError, "must be floating point", "got int32", "astype"),
+            ("complex", jnp.ones(C, jnp.complex64), TypeError, "must be floating point", "got complex64", "astype"),
             ("long", floats(C + 1), ValueError, positions, rf"got shape \({C + 1},\)"),
             ("rank", floats(1, N, C), ValueError, positions, rf"got shape \(1, {N}, {C}\)"),
         )
         + rows_of(
             function,
             "sample_weight",
-            ("int", ints(N, C), TypeError, "must be floating point", "got int32", "where=", "astype"),
+            ("complex", jnp.ones((N, C), jnp.complex64), TypeError, "must be floating point", "got complex64"),
             ("rows", floats(N), ValueError, "broadcast to the positions", rf"got shape \({N},\)"),
         )
         + rows_of(
@@ -501,7 +526,7 @@ def linear_divergence_rows(function):
         rows += rows_of(
             function,
             "bias" + of,
-            ("int", ints(C), TypeError, "must be floating point", "got int32", "astype"),
+            ("complex", jnp.ones(C, jnp.complex64), TypeError, "must be floating point", "got complex64", "astype"),
             ("short", floats(C - 1), ValueError, "one entry per class", rf"\({C},\)", rf"got \({C - 1},\)"),
         )
     return (
@@ -535,6 +560,8 @@ def next_token_rows():
             ("none", None, TypeError, "must be an array", "got None"),
             ("text", "abc", TypeError, "must be an array", "got 'abc'"),
             ("scalar", ints(), ValueError, "need a sequence axis", "got a scalar"),
+            ("40-bits", np.array([1, 2**40]), ValueError, "an integer that does not fit into 32 bits"),
+            ("32-bits", [1, 2**31], ValueError, "an integer that does not fit into 32 bits"),
         )
         + rows_of(
             function,
@@ -651,46 +678,68 @@ def test_options_are_keyword_only(function):
         getattr(jxent, function)(*arrays, *extra, None)
 
 
-NAMES = {
-    LINEAR: {"input": "hidden", "linear_weight": "kernel", "linear_bias": "bias", "chunk_size": "block_size"},
-    "cross_entropy": {
-        **{"input": "logits", "target": "labels", "weight": "class_weight", "dim": "axis", "mask": "where"},
-        **{"weights": "sample_weight", "pad_token_id": "ignore_index", "size_average": "reduction"},
-        **{"label_smooth": "label_smoothing", "z_loss": "z_loss_weight", "softcap": "logit_softcap"},
-    },
-    "nll_loss": {"input": "log_probs", "weight": "class_weight", "lables": "labels"},
-    "log_softmax": {"dim": "axis", "input": "logits"},
-    "logsumexp": {"keepdim": "keepdims"},
-    "next_token_labels": {"input": "tokens", "pad_token_id": "ignore_index"},
-    BINARY: {"input": "logits", "target": "labels", "mask": "where"},
-    "js_divergence": {"input": "logits_q", "target": "logits_p"},
-    "kl_divergence": {"teacher_logits": "logits_p", "student_logits": "logits_q", "tau": "temperature", "dim": "axis"},
-    "linear_js_divergence": {"teacher_weight": "kernel_p", "student_input": "hidden_q", "student_bias": "bias_q"},
-}
+WEIGHTS = [
+    *((function, "class_weight", (C,)) for function in (*LOSSES, LINEAR)),
+    *((function, "sample_weight", (N,)) for function in (*LOSSES, LINEAR, *DIVERGENCES, *LINEAR_DIVERGENCES)),
+    *((BINARY, name, (N, C)) for name in ("sample_weight", "pos_weight")),
+    *((LINEAR_DIVERGENCES[0], name, (C,)) for name in ("bias_p", "bias_q")),
+    (LINEAR, "bias", (C,)),
+]
 
 
-@pytest.mark.parametrize(
-    ("function", "there", "here"), [(f, there, here) for f, names in NAMES.items() for there, here in names.items()]
-)
-def test_a_name_of_another_library(function, there, here):
-    with pytest.raises(TypeError, match=rf"^{function}: there is no argument {there}; it is called {here} here"):
-        getattr(jxent, function)(**good(function) | {there: 1})
+@pytest.mark.parametrize(("function", "name", "shape"), WEIGHTS)
+def test_weights_are_numbers_of_any_kind(function, name, shape):
+    """Integers, booleans, lists, and where it broadcasts a Python number, are what the same in floating point is."""
+    call = partial(getattr(jxent, function), **good(function))
+    whole, kept = RNG.integers(1, 4, shape), RNG.random(shape) < 0.7
+    for given in (whole, whole.tolist(), jnp.asarray(whole), whole + 2**33, kept, kept.tolist()):
+        out = call(**{name: given})
+        assert out.dtype == jnp.float32
+        assert out == call(**{name: np.asarray(given).astype(np.float32)})
+    if "sample" in name or "pos" in name:
+        for given in (2, 2.0, True, np.int64(2)):
+            assert call(**{name: given}) == call(**{name: np.full(shape, given, np.float32)})
 
 
-def test_an_unknown_name():
-    with pytest.raises(
-        TypeError, match=r"^softmax: there is no argument colour; it has logits, axis, where, axis_name$"
-    ):
-        jxent.softmax(LOGITS, colour=1)
+@pytest.mark.usefixtures("x64")
+def test_a_python_number_is_of_the_losses_dtype():
+    for weight in (2, 2.0, True, [1] * N, np.arange(N)):
+        assert jxent.cross_entropy(LOGITS, LABELS, sample_weight=weight).dtype == jnp.float32
+        assert jxent.cross_entropy(LOGITS.astype(float), LABELS, sample_weight=weight).dtype == jnp.float64
 
 
+@pytest.mark.parametrize("number", [1, np.int32(1), np.array(1), jnp.int32(1)])
+def test_a_number_without_a_fraction(number):
+    expected = jxent.cross_entropy(LOGITS, LABELS, label_smoothing=1.0, z_loss_weight=1.0)
+    assert jxent.cross_entropy(LOGITS, LABELS, label_smoothing=number, z_loss_weight=number) == expected
+    of_one = jxent.kl_divergence(LOGITS, LOGITS[::-1])
+    np.testing.assert_allclose(jxent.kl_divergence(LOGITS, LOGITS[::-1], temperature=number), of_one, rtol=1e-6)
+
+
+@pytest.mark.parametrize("label", [2**31, 2**40, 2**70, -(2**31) - 1])
 @pytest.mark.parametrize("function", [*LOSSES, LINEAR])
-def test_class_weights_without_a_fraction(function):
-    loss = loss_of(function)
-    weights = RNG.integers(1, 4, C)
-    expected = loss(LOGITS, LABELS, class_weight=weights.astype(np.float32))
-    np.testing.assert_array_equal(loss(LOGITS, LABELS, class_weight=weights), expected)
-    np.testing.assert_array_equal(loss(LOGITS, LABELS, class_weight=weights.tolist()), expected)
+def test_labels_beyond_an_int32(function, label):
+    """They are out of range, as a list, a number, of NumPy, and within `SparseLabels`, and not a label of 32 bits."""
+    labels = [label, *LABELS[1:].tolist()]
+    loss = partial(loss_of(function), LOGITS, reduction="none")
+    given = [labels, tuple(labels), jxent.SparseLabels([[i] for i in labels], np.ones((N, 1), np.float32))]
+    if label < 2**63:
+        given += [np.array(labels), jxent.SparseLabels(np.array(labels)[:, None], np.ones((N, 1), np.float32))]
+    for labels in given:
+        np.testing.assert_array_equal(np.isnan(loss(labels)), np.arange(N) == 0)
+    assert np.isnan(loss_of(function)(LOGITS[0], label))
+
+
+def test_a_tensor_of_torch():
+    class Tensor:
+        """A tensor with a gradient, as far as `jnp.asarray` looks."""
+
+        def __array__(self, *args, **kwargs):
+            raise RuntimeError("Can't call numpy() on Tensor that requires grad.")
+
+    Tensor.__module__ = "torch"
+    with pytest.raises(TypeError, match=r"^softmax: logits must be an array, .*from_dlpack\(tensor\.detach\(\)\)$"):
+        jxent.softmax(Tensor())
 
 
 @pytest.mark.parametrize("function", [*LOSSES, LINEAR])

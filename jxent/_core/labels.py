@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.export
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.lax import ScatterDimensionNumbers, scatter_add
 from jax.sharding import PartitionSpec
@@ -48,9 +49,9 @@ class SparseLabels(NamedTuple):
     any other makes its position NaN. Probabilities need not sum to 1: what is missing is missing from the loss.
     """
 
-    indices: Int[Array, "*positions k"]
+    indices: Int[Array | np.ndarray, "*positions k"]
     """Class indices. A position whose indices all equal `ignore_index` is left out."""
-    probabilities: Float[Array, "*positions k"]
+    probabilities: Float[Array | np.ndarray, "*positions k"]
     """Label probabilities, which have their gradient."""
 
 
@@ -59,7 +60,9 @@ jax.export.register_namedtuple_serialization(SparseLabels, serialized_name="jxen
 
 def parts(labels):
     """(class indices, class probabilities, or those of sparse labels; the indices of these, or None)."""
-    return (labels.probabilities, labels.indices) if isinstance(labels, SparseLabels) else (labels, None)
+    if not isinstance(labels, SparseLabels):
+        return labels, None
+    return jnp.asarray(labels.probabilities), jnp.asarray(labels.indices)
 
 
 class Entries(NamedTuple):

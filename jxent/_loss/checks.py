@@ -7,6 +7,7 @@ argument, what was wanted, what came, and the remedy where there is one.
 import math
 import numbers
 import operator
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -21,25 +22,88 @@ REDUCTIONS = ("mean", "sum", "none")
 FLOATING = tuple(jnp.dtype(d) for d in (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64))
 
 
+TO_FLOAT = "convert it with .astype(jnp.float32)"
+
+
 def array(function, name, value) -> Array:
     if value is None:
         raise TypeError(f"{function}: {name} must be an array, got None")
+    if isinstance(value, tuple) and (hasattr(value, "_fields") or any(_is_array(entry) for entry in value)):
+        # JAX would stack the arrays.
+        raise TypeError(f"{function}: {name} must be an array, got {_kind_of_tuple(name, value)}")
+    if isinstance(value, np.ndarray) and value.dtype.kind in "iu" and value.size:
+        info = jnp.iinfo(jax.dtypes.canonicalize_dtype(value.dtype))
+        if not info.min <= value.min() <= value.max() <= info.max:  # of 64 bits JAX would keep the low 32 alone
+            raise ValueError(_too_large(function, name, info.bits))
     try:
         return jnp.asarray(value)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"{function}: {name} must be an array, got {shown(value)}") from error
+    except OverflowError as error:
+        raise ValueError(_too_large(function, name, jnp.iinfo(jax.dtypes.canonicalize_dtype(int)).bits)) from error
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{function}: {name} must be an array, got {shown(value)}{_array_in(value)}") from error
 
 
-def floating(function, name, value, remedy="convert it with .astype(jnp.float32)") -> Array:
-    value = array(function, name, value)
+def _is_array(value):
+    return isinstance(value, jax.Array | np.ndarray) and value.ndim > 0
+
+
+def _kind_of_tuple(name, value):
+    if isinstance(value, SparseLabels):
+        remedy = "these are for the labels of cross_entropy, linear_cross_entropy and nll_loss"
+        if name in ("logits_p", "logits_q"):
+            remedy = "take cross_entropy(logits, labels), which is the divergence from the labels and their entropy"
+        return f"SparseLabels; {remedy}"
+    if hasattr(value, "_fields"):
+        return f"a {type(value).__name__}; pass one of its fields, {', '.join(value._fields)}"
+    return (
+        f"a tuple of {len(value)} arrays; pass one of them, or as labels, for (indices, probabilities), "
+        "jxent.SparseLabels(indices, probabilities)"
+    )
+
+
+def _too_large(function, name, bits):
+    remedy = "; make smaller numbers of it, or set jax_enable_x64" if bits == 32 else ""
+    return f"{function}: {name} has an integer that does not fit into {bits} bits{remedy}"
+
+
+def _array_in(value):
+    """What to do about an object that has the array in it, of one of the libraries where parameters are such."""
+    if isinstance(value, Mapping):
+        return f"; pass one of its entries, of the keys {', '.join(map(repr, value))}"
+    if hasattr(value, "unbox"):
+        return "; unbox it, with .unbox(), or all parameters with flax.linen.meta.unbox(parameters)"
+    if type(value).__module__.partition(".")[0] == "torch":
+        return "; convert it with jnp.from_dlpack(tensor.detach())"
+    for attribute, layout in (("kernel", ""), ("embedding", " with vocab_axis=0"), ("weight", " with vocab_axis=0")):
+        if hasattr(value, attribute):
+            return f"; pass its .{attribute}{layout}"
+    return ""
+
+
+def floating(function, name, value, remedy=TO_FLOAT) -> Array:
+    given, value = value, array(function, name, value)
     if value.dtype not in FLOATING:
+        if jnp.issubdtype(value.dtype, jnp.floating):
+            remedy = "convert it with .astype(jnp.bfloat16), and multiply it by its scale if it has one"
+        elif not hasattr(given, "astype"):
+            remedy = remedy.replace(TO_FLOAT, f"convert it with jnp.asarray({name}, jnp.float32)")
         wanted = ", ".join(d.name for d in FLOATING)
         raise TypeError(f"{function}: {name} must be floating point ({wanted}), got {value.dtype}; {remedy}")
     return value
 
 
-def optional_floating(function, name, value, remedy="convert it with .astype(jnp.float32)") -> Array | None:
-    return None if value is None else floating(function, name, value, remedy)
+def real(function, name, value, dtype) -> Array | None:
+    """Weights and biases: floating point as it is; integers, booleans and Python numbers as numbers of the loss.
+
+    Its dtype is that for logits of `dtype`.
+    """
+    if value is None:
+        return None
+    if isinstance(value, np.ndarray) and value.dtype.kind in "iu":
+        value = value.astype(compute_dtype(dtype))
+    value = array(function, name, value)
+    whole = jnp.issubdtype(value.dtype, jnp.integer) or value.dtype == jnp.bool_
+    return value.astype(compute_dtype(dtype)) if whole or value.weak_type else floating(function, name, value)
 
 
 def integer(function, name, value) -> int:
@@ -134,8 +198,8 @@ def concrete(function, hidden, classes):
         )
 
 
-def per_class(function, name, value, classes) -> Array | None:
-    value = optional_floating(function, name, value)
+def per_class(function, name, value, classes, dtype) -> Array | None:
+    value = real(function, name, value, dtype)
     if value is not None and value.shape != (classes,):
         raise ValueError(f"{function}: {name} must have one entry per class, shape {(classes,)}, got {value.shape}")
     return value
@@ -180,8 +244,10 @@ def mask(function, value, shape, what, remedy) -> Array | None:
     """`where`: boolean, broadcastable to `shape`."""
     if value is None:
         return None
-    value = array(function, "where", value)
+    given, value = value, array(function, "where", value)
     if value.dtype != jnp.bool_:
+        if not hasattr(given, "astype"):  # a list is never equal to 0
+            remedy = remedy.replace("mask != 0", "jnp.asarray(mask) != 0")
         raise TypeError(f"{function}: where must be boolean, got {value.dtype}; {remedy}")
     return broadcastable(function, "where", value, shape, what)
 
@@ -192,14 +258,8 @@ def weights(
     """The three label-shaped or class-shaped weights of a loss."""
     shape = logits.shape[:axis] + logits.shape[axis + 1 :]
     classes = logits.shape[axis]
-    if class_weight is not None:
-        class_weight = array(function, "class_weight", class_weight)
-        if jnp.issubdtype(class_weight.dtype, jnp.integer):
-            class_weight = class_weight.astype(compute_dtype(logits.dtype))
-    class_weight = per_class(function, "class_weight", class_weight, classes)
-    sample_weight = optional_floating(
-        function, "sample_weight", sample_weight, "pass a mask as where=, or convert it with .astype(jnp.float32)"
-    )
+    class_weight = per_class(function, "class_weight", class_weight, classes, logits.dtype)
+    sample_weight = real(function, "sample_weight", sample_weight, logits.dtype)
     what = "the positions (the shape of the labels)"
     broadcastable(function, "sample_weight", sample_weight, shape, what)
     return (
@@ -257,6 +317,8 @@ def scalar(function, name, value, low, high, positive=False):
         return value
     if not isinstance(value, jax.Array | np.ndarray):
         raise TypeError(f"{function}: {name} must be a number or a floating-point scalar, got {shown(value)}")
+    if jnp.issubdtype(value.dtype, jnp.integer):
+        value = value.astype(jnp.float32)
     if value.dtype not in FLOATING:
         raise TypeError(
             f"{function}: {name} must be a number or a floating-point scalar, got dtype {value.dtype}; convert "

@@ -48,6 +48,8 @@ def class_labels(function, name, logits, labels, axis) -> Array | SparseLabels:
         )
     if labels.shape != logits.shape:
         remedy = "; if they are class indices, convert them with .astype(jnp.int32)" if labels.shape == shape else ""
+        if labels.shape[:1] == (2,) and labels.shape[1:-1] == shape:
+            remedy = "; for indices and probabilities of some classes pass jxent.SparseLabels(indices, probabilities)"
         wanted = "the leading shape of hidden and the vocabulary" if name is None else f"the shape of {name}"
         raise ValueError(
             f"{function}: floating-point labels are class probabilities and must have {wanted}, {logits.shape}, got "
@@ -57,7 +59,17 @@ def class_labels(function, name, logits, labels, axis) -> Array | SparseLabels:
 
 
 def _in_32_bits(labels):
-    """Of 64 bits JAX would keep the low 32 alone, and take a label of 2**32 for 0."""
+    """Labels that JAX cannot hold, in a dtype that it can, and out of range as they are.
+
+    Of 64 bits JAX would keep the low 32 alone, and take a label of 2**32 for 0.
+    """
+    if isinstance(labels, int | list | tuple):
+        try:
+            jnp.asarray(labels)
+        except OverflowError:
+            labels = np.array(np.clip(np.asarray(labels, object), -(2**31), 2**31 - 1), np.int32)
+        except (TypeError, ValueError):
+            pass  # `checks.array` will say so
     if not isinstance(labels, np.ndarray) or labels.dtype.kind not in "iu":
         return labels
     if jax.dtypes.canonicalize_dtype(labels.dtype) == labels.dtype:
