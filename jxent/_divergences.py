@@ -31,9 +31,10 @@ def kl_divergence(
 
     :math:`\sum_j p_j (\log p_j - \log q_j)`, with :math:`p` and :math:`q` the softmax of the logits. Distillation is
     ``kl_divergence(teacher, student)``, and ``kl_divergence(student, teacher)`` is the reverse one of on-policy
-    distillation. Value and gradients keep full relative precision where P and Q nearly agree, at any margin and offset;
-    the value is never negative. Both arguments are differentiable: stop the gradient of one that is not to learn, or do
-    not differentiate with respect to it.
+    distillation. Value and gradients keep full relative precision where P and Q nearly agree, at any offset, as long as
+    the classes that matter lie less than about 80 below the largest (in float64 700); the value is never negative. Both
+    arguments are differentiable: stop the gradient of one that is not to learn, or do not differentiate with respect to
+    it.
 
     Args:
       logits_p: unnormalized log-probabilities of P, float16, bfloat16, float32 or float64.

@@ -309,7 +309,7 @@ def named(config, value, stats, gradients):
     found = {"loss": value.reshape(len(value), -1)} | {f"d {name}": g for name, g in gradients.items()}
     if stats is not None:
         found |= {name: getattr(stats, name).reshape(len(value), -1) for name in (*STATS, "prediction")}
-        found["weight"] = stats.weight[:, None]
+        found |= {name: getattr(stats, name)[:, None] for name in ("weight", "count")}
     return {name: np.asarray(array) for name, array in found.items()}
 
 
@@ -396,7 +396,8 @@ def _expected(config, values, a):
         entropy = np.sum(oracle.times(p, cost), -1) * k
         add("entropy", entropy, entropy, lost=50 * config.classes * least)
         add("weight", total, total)
-        found["prediction"] = Expected(np.where(keep, np.argmax(x, -1), np.iinfo(np.int32).min), np.zeros((b, n)))
+        found["prediction"] = Expected(np.where(keep, np.argmax(x, -1), 0), np.zeros((b, n)))
+        found["count"] = Expected(np.sum(keep, -1, keepdims=True), np.zeros((b, 1)))
 
     ks = (per * s)[..., None]
     if config.function == "nll_loss":
@@ -532,7 +533,7 @@ def judge(config, values, got, want, bound=bound):
     loss, loss_scale, *_ = want["loss"]
     for name, (value, scale, slack, lost) in want.items():
         result = np.asarray(got[name], np.float64)
-        if name == "prediction":
+        if name in ("prediction", "count"):
             worst[name] = 0.0 if np.array_equal(result, value) else np.inf
             continue
         kind = jnp.finfo(got[name].dtype)

@@ -92,5 +92,5 @@ def reduced(
     if not return_stats:
         return loss
     numbers = jnp.sum(q * log_p, -1), log_normalizer, -jnp.sum(jnp.exp(log_p) * log_p, -1)
-    prediction = jnp.where(counts, jnp.argmax(x, -1).astype(jnp.int32), jnp.iinfo(jnp.int32).min)
+    prediction = jnp.where(counts, jnp.argmax(x, -1).astype(jnp.int32), 0)
     return loss, Stats(*(jnp.where(counts, number, 0) for number in numbers), prediction, weight)

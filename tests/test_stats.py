@@ -56,7 +56,7 @@ def test_stats(kind):
     ):
         chex.assert_type(got, jnp.float32)
         np.testing.assert_allclose(got, np.where(keep, want, 0), rtol=1e-5, atol=1e-7)
-    np.testing.assert_array_equal(stats.prediction, np.where(keep, logits.argmax(-1), -(2**31)))
+    np.testing.assert_array_equal(stats.prediction, np.where(keep, logits.argmax(-1), 0))
     chex.assert_type(stats.prediction, jnp.int32)
     hits = logits.argmax(-1) == best
     assert 0 < np.sum(hits & keep) < hits.size
@@ -64,16 +64,57 @@ def test_stats(kind):
     chex.assert_type(stats.correct, jnp.bool_)
     _, weight = oracle.position_losses(logits, labels, **weights)
     np.testing.assert_allclose(stats.weight, weight.sum(), rtol=1e-6)
+    assert stats.count == np.sum(keep) != stats.weight
+    chex.assert_shape(stats.count, ())
+    chex.assert_type(stats.count, jnp.int32)
     mean = jxent.cross_entropy(logits, labels, **weights, label_smoothing=0.1, logit_softcap=4.0)
     np.testing.assert_allclose(loss / stats.weight, mean, rtol=1e-6)
 
 
 @pytest.mark.parametrize("ignore_index", [-1, 0, -100])
-def test_an_ignored_position_is_never_a_hit(ignore_index):
-    labels = jnp.array([ignore_index, 2, ignore_index])
-    logits = jnp.array([[9.0, 0, 0], [0, 0, 9], [0, 9, 0]])
-    _, stats = jxent.cross_entropy(logits, labels, ignore_index=ignore_index, return_stats=True)
-    assert jnp.sum(stats.correct) / stats.weight == 1
+@pytest.mark.parametrize("weighted", [False, True])
+def test_an_ignored_position_is_never_a_hit(ignore_index, weighted):
+    labels = jnp.array([ignore_index, 2, ignore_index, 1])
+    logits = jnp.array([[9.0, 0, 0], [0, 0, 9], [0, 9, 0], [9, 0, 0]])
+    weights = {"class_weight": jnp.array([1.0, 2, 7]), "sample_weight": jnp.array([3.0, 0, 1, 1])} if weighted else {}
+    _, stats = jxent.cross_entropy(logits, labels, ignore_index=ignore_index, return_stats=True, **weights)
+    assert jnp.sum(stats.correct) / stats.count == 0.5
+    hits = np.bincount(np.asarray(stats.prediction), weights=np.asarray(labels) != ignore_index)
+    np.testing.assert_array_equal(hits, [1, 0, 1])
+
+
+@pytest.mark.parametrize(
+    "loss", [jxent.cross_entropy, lambda x, *a, **k: jxent.linear_cross_entropy(x, jnp.eye(3), *a, **k)]
+)
+@pytest.mark.parametrize("kind", ["index", "probabilities", "sparse"])
+def test_a_masked_position_is_never_a_hit(loss, kind):
+    """Its label is the 0 that stands for its prediction, and the largest of its logits too."""
+    logits, labels = jnp.array([[9.0, 0, 0], [0, 0, 9]]), jnp.array([0, 2])
+    labels = {
+        "index": labels,
+        "probabilities": jax.nn.one_hot(labels, 3),
+        "sparse": jxent.SparseLabels(labels[:, None], jnp.ones((2, 1))),
+    }[kind]
+    _, stats = loss(logits, labels, where=jnp.array([False, True]), return_stats=True)
+    np.testing.assert_array_equal(stats.prediction, [0, 2])
+    np.testing.assert_array_equal(stats.correct, [False, True])
+    assert stats.count == 1
+
+
+def test_the_count_is_over_all_shards():
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    labels = jnp.array([0, -100, 1, 2, -100, -100, 1, 1])
+    weight = jnp.arange(8.0)
+
+    def accuracy(logits, labels, weight):
+        options = {"sample_weight": weight, "batch_axis_name": "data", "return_stats": True}
+        _, stats = jxent.cross_entropy(logits, labels, **options)
+        return jax.lax.psum(stats.correct.sum(), "data") / stats.count
+
+    logits = jnp.eye(8, 3).at[2].set(0.0)  # right where the label is 0
+    spec = P("data")
+    out = jax.shard_map(accuracy, mesh=mesh, in_specs=(spec,) * 3, out_specs=P())(logits, labels, weight)
+    assert out == jnp.float32(1 / 5)
 
 
 def test_stats_of_a_confident_wrong_row():

@@ -31,7 +31,7 @@ def arithmetic(x: jax.Array, y: jax.Array) -> jax.Array:
     loss = jxent.cross_entropy(x, y, z_loss_weight=jnp.float32(1e-4)) * 2
     loss += jxent.nll_loss(jxent.log_softmax(x), y)
     loss, stats = loss + 1, with_stats(x, y)[1]
-    accuracy = jnp.sum(stats.correct) / stats.weight
+    accuracy = jnp.sum(stats.correct) / stats.count
     return loss + accuracy + jxent.logsumexp(x, axis=None) + jxent.softmax(x, -1)[0, 0]
 
 

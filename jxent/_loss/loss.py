@@ -14,17 +14,17 @@ from jxent._core.prediction import largest_class
 from jxent._core.shards import cast_alike, sharded_but, sharded_like
 from jxent._core.weights import only, weigh
 from jxent._loss.placement import CLASSES, placed
-from jxent._loss.positions import coefficients_of, denominator, positions_of, reduced
+from jxent._loss.positions import coefficients_of, denominator, number, positions_of, reduced
 from jxent._loss.reports import report_labels, report_values
 
 
 class Stats(NamedTuple):
-    """What `return_stats=True` adds to a loss, taken in the same pass. What is floating-point has its true gradient.
+    """What `return_stats=True` adds to a loss, taken in the same pass. Floating-point fields have their true gradients.
 
-    All but `weight` have the shape of the positions. Where a position does not count, `log_prob`, `log_normalizer` and
-    `entropy` are 0, `prediction` is -2**31, and `correct` is False. So for a loss without class and sample weights the
-    accuracy is `jnp.sum(stats.correct) / stats.weight`, and the loss without smoothing and z-loss is
-    `-jnp.sum(stats.log_prob) / stats.weight`; with weights divide by the number of positions that count.
+    All fields have the shape of the positions, except the scalars `weight` and `count`. At a position that does not
+    count, every number is 0 and `correct` is False. The accuracy is ``stats.correct.sum() / stats.count``, and the loss
+    without weights, smoothing and z-loss is ``-stats.log_prob.sum() / stats.count``. Inside `jax.shard_map` with
+    `batch_axis_name`, the two scalars are of all shards, and the other fields of this shard: take their sums by psum.
     """
 
     log_prob: Float[Array, "*positions"]
@@ -34,11 +34,20 @@ class Stats(NamedTuple):
     entropy: Float[Array, "*positions"]
     """Entropy of the softmax, in nats."""
     prediction: Int[Array, "*positions"]
-    """Class with the largest logit (int32)."""
+    """Class with the largest logit, the first of several (int32).
+
+    At a position that does not count it is 0: a class as any other, so that it can be counted and looked up.
+    ``np.bincount(stats.prediction.ravel(), weights=mask.ravel())`` leaves these positions out.
+    """
     correct: Bool[Array, "*positions"]
-    """Whether the prediction is the label; for class probabilities, the class with the largest of them."""
+    """Whether the prediction is the label; for class probabilities, the class with the largest of them.
+
+    A position that does not count is never correct.
+    """
     weight: Float[Array, ""]
-    """Denominator of the mean."""
+    """Denominator of the mean: the sum of the weights of the positions that count, or their number."""
+    count: Int[Array, ""]
+    """Number of the positions that count, whatever their weights (int32)."""
 
 
 jax.export.register_namedtuple_serialization(Stats, serialized_name="jxent.Stats")
@@ -111,7 +120,8 @@ def with_stats(options, positions, loss, costs, prediction, weight):
         label = jnp.squeeze(largest_class(label, form.axis, positions.first, form.shards.axis_name), form.axis)
     return loss, Stats(
         **{name: costs[name] for name in STATISTIC_NAMES},
-        prediction=only(positions.keep, prediction, jnp.iinfo(jnp.int32).min),
+        prediction=only(positions.keep, prediction),
         correct=only(positions.keep, prediction == label, False),
         weight=weight,
+        count=number(options, positions, prediction.shape),
     )

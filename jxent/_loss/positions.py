@@ -88,9 +88,13 @@ def denominator(options, positions, shape, dtype):
     weight = product_of(positions.label_weight, positions.sample_weight)
     if weight is not None:
         return total(jnp.sum(weight), options.batch_axis_name)
-    # An integer sum: one of float32 ones may stop at 2**24.
+    return number(options, positions, shape).astype(dtype)
+
+
+def number(options, positions, shape):
+    """How many positions count, over all shards. An integer sum: one of float32 ones may stop at 2**24."""
     ones = jnp.ones(shape, jnp.int32) if positions.keep is None else positions.keep.astype(jnp.int32)
-    return total(jnp.sum(ones), options.batch_axis_name).astype(dtype)
+    return total(jnp.sum(ones), options.batch_axis_name)
 
 
 def reduced(options, losses, weight):
