@@ -609,7 +609,7 @@ ROWS += cross_entropy_rows("cross_entropy") + linear_rows() + next_token_rows()
 ROWS += sparse_rows("cross_entropy") + sparse_rows(LINEAR) + binary_rows()
 ROWS += logits_divergence_rows("kl_divergence") + beta_rows("js_divergence")
 ROWS += linear_divergence_rows("linear_kl_divergence") + beta_rows("linear_js_divergence")
-ROWS += [row for function in SOFTMAXES for row in mesh_axis_rows(function, "axis_name")]
+ROWS += [row for function in (*SOFTMAXES, "next_token_labels") for row in mesh_axis_rows(function, "axis_name")]
 MEAN_TAKERS = (*LOSSES, LINEAR, *DIVERGENCES, *LINEAR_DIVERGENCES)
 ROWS += [row for function in MEAN_TAKERS for row in mesh_axis_rows(function, "axis_name", "batch_axis_name")]
 

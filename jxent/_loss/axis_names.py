@@ -157,7 +157,7 @@ def _check_names(function, name, value, entries, argument, mesh):
                 f"not divide its length, {argument.array.shape[axis]}, in shape {argument.array.shape}; "
                 + (
                     "pad the classes, with logits or a bias of -inf"
-                    if name == "axis_name"
+                    if name == "axis_name" and argument.name != "tokens"
                     else "pad the positions, with labels of ignore_index, or name fewer axes"
                 )
             )

@@ -181,7 +181,7 @@ ROWS = (
     ("remat", "recompute"),
     ("compute_dtype dtype accum_dtype acc_dtype logits_dtype", *CAST),
     ("matmul_precision", "precision"),
-    ("process_group tp_group", "axis_name"),
+    ("process_group tp_group", "tokens: axis_name names the mesh axis of the sequence", "axis_name"),
     ("batch_axis batch_axes", "batch_axis_name"),
     # what has no counterpart
     ("name implementation impl options filter_eps inplace_backward gamma alpha epsilon eps",),
