@@ -93,6 +93,9 @@ def cross_entropy(
         its denominator are taken over the positions of all shards. Elsewhere a name is for the first axis of the
         positions, and a `jax.sharding.PartitionSpec` names mesh axes for each of them, as the spec of the labels does.
         Under plain `jax.jit` arrays may be sharded with neither of the two given; the compiler then decides what moves.
+        Gradients that you take inside `jax.shard_map` are those of the global loss: sum nothing. Without its check
+        (``check_vma=False``), in `jax.pmap` and in `jax.vmap`, average them with `jax.lax.pmean`. Their psum is too
+        large by the number of shards, and so is each shard's gradient of an array of its own.
       return_stats: also return `Stats`.
 
     Returns:

@@ -106,12 +106,16 @@ def linear_cross_entropy(
       z_loss_weight: adds ``z_loss_weight * logsumexp(logits)**2`` to the loss of each position that counts.
       logit_softcap: a Python number c > 0; the logits become ``c * tanh(logits / c)`` first.
       reduction: ``"mean"``, ``"sum"`` or ``"none"``, as for `cross_entropy`. With ``"none"`` the gradients are computed
-        in the backward pass.
+        in the backward pass. If statistics of `return_stats` are part of what you differentiate, take ``"none"`` and
+        reduce the losses yourself, or `recompute`: four matmuls, and one gradient of the kernel. Otherwise a mean
+        takes six matmuls and two such gradients, since it computes its own before those of the statistics are known.
       axis_name: the mesh axis or axes over which the vocabulary is sharded, as in `cross_entropy`. Inside
         `jax.shard_map` `kernel`, `bias`, `class_weight` and probability labels are this shard's, `hidden` and index
         labels are the same on every shard.
       batch_axis_name: likewise for the positions, as in `cross_entropy`. Where the two name axes of the mesh in use, a
         kernel that is sharded in any other way is gathered once before the sweep, and its gradient summed once after.
+        In `jax.pmap`, `jax.vmap` and `jax.shard_map` with ``check_vma=False``, average gradients that you take inside,
+        with `jax.lax.pmean`: their psum is too large by the number of shards.
       return_stats: also return `Stats`.
       block_size: how many positions are in flight at once, at most; under `jax.vmap`, of each example; where `jax.jit`
         shards the positions, on all devices together. The temporaries are ``block_size * vocab`` logits and as many

@@ -408,3 +408,24 @@ def test_stats_of_positions_on_shards():
     sharded = jax.shard_map(partial(weight, batch_axis_name="data"), mesh=mesh, in_specs=P("data"), out_specs=P())
     logits = np.zeros((8, 2, C), np.float32)
     assert sharded(logits, labels) == weight(logits, labels) == np.sum(labels != -100)
+
+
+@pytest.mark.parametrize(
+    ("options", "differentiated", "dots"),
+    [({}, False, 3), ({}, True, 6), ({"recompute": True}, True, 4), ({"reduction": "none"}, True, 4)],
+)
+def test_matmuls_where_statistics_are_differentiated(options, differentiated, dots):
+    """As the docstrings of `Stats` and `reduction` say; a mean holds two gradients of the kernel then."""
+    options |= {"block_size": 8, "ignore_index": None, "return_stats": True}  # None: no block is skipped
+
+    def objective(hidden, kernel):
+        loss, stats = jxent.linear_cross_entropy(hidden, kernel, jnp.zeros(32, jnp.int32), **options)
+        entropy = jnp.sum(stats.entropy) / stats.count
+        return jnp.mean(loss) + (0.01 * entropy if differentiated else 0), entropy
+
+    f = optimized(jax.value_and_grad(objective, (0, 1), has_aux=True))
+    kernel = jnp.ones((64, 512))
+    compiled = f.lower(jnp.ones((32, 64)), kernel).compile()
+    assert len(re.findall(r" dot\(", compiled.as_text())) == dots
+    held = compiled.memory_analysis().temp_size_in_bytes
+    assert (held > 1.5 * kernel.nbytes) == (dots == 6)
