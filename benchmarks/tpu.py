@@ -54,6 +54,7 @@ def chips(topology):
 
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-8"}  # for libtpu not to look for chips
     os.environ |= {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # others may use the chips or compile meanwhile
     return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
 
 

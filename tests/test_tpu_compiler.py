@@ -1,6 +1,6 @@
 """Programs that the TPU compiler makes, on a machine without a TPU: what they move between chips, and what they hold.
 
-Needs `libtpu`, of the version that `pip install "jax[tpu]"` brings, and an environment apart from other tests.
+Needs `libtpu`, of the version that `pip install "jax[tpu]"` brings. Elsewhere these tests are skipped.
 """
 
 import os
@@ -14,6 +14,9 @@ os.environ |= {  # for libtpu not to look for chips
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_WORKER_ID": "0",
 }
+# By default one process of a machine may load libtpu, because it may open the chips. A compiler opens none. So the
+# workers of pytest-xdist can share these tests, also while a job runs on the chips.
+os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
 
 import collections
 import contextlib
