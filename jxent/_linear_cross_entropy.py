@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, Literal, Unpack, overload
 
 import jax
@@ -168,6 +167,7 @@ def linear_cross_entropy(
         (name, "hidden"), logits.ndim - 1, labels, over, scalars, ignore_index, reduction, logit_softcap, return_stats
     )
     sweep = Sweep(
+        function=name,
         form=options.form,
         vocab_axis=vocab_axis,
         block_size=None if block_size is None else checks.positive(name, "block_size", block_size),
@@ -184,10 +184,9 @@ def linear_cross_entropy(
         weight_dimensions(weights, positions),
     )
     arrays = hidden, kernel, bias, labels, weights
-    return placed(over.placement, _linear_cross_entropy, (options, sweep, recompute), arrays, dimensions)
+    return placed(name, over.placement, _linear_cross_entropy, (options, sweep, recompute), arrays, dimensions)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
 def _linear_cross_entropy(options, sweep, recompute, hidden, kernel, bias, labels, weights):
     classes = kernel.shape[sweep.vocab_axis]
     positions = positions_of(options, weights, labels, hidden, hidden.ndim - 1, classes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import jax
@@ -191,6 +190,7 @@ def _linear_divergence(name, divergence, sides, vocab_axis, weights, reduction, 
     over = mesh_axes(name, over[0], of_kernel, over[1], of_hidden, reduction)
     options = divergence_options((name, "hidden_q"), logits.ndim - 1, over, divergence, reduction)
     sweep = Sweep(
+        function=name,
         form=options.form,
         vocab_axis=axis_q,
         block_size=None if block_size is None else checks.positive(name, "block_size", block_size),
@@ -202,7 +202,7 @@ def _linear_divergence(name, divergence, sides, vocab_axis, weights, reduction, 
     of_layer = [((*positions, None), (None, CLASSES) if axis else (CLASSES, None)) for axis in (axis_p, axis_q)]
     dimensions = *of_layer[0], *of_layer[1], (CLASSES,), (CLASSES,), weight_dimensions(weights, positions)
     arrays = *arrays, bias_p, bias_q, weights
-    return placed(over.placement, _divergence, (options, sweep, recompute), arrays, dimensions)
+    return placed(name, over.placement, _divergence, (options, sweep, recompute), arrays, dimensions)
 
 
 def _checked_layer(name, of, side, vocab_axis):
@@ -214,7 +214,6 @@ def _checked_layer(name, of, side, vocab_axis):
     return hidden, kernel, bias, vocab_axis
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
 def _divergence(options, sweep, recompute, hidden_p, kernel_p, hidden_q, kernel_q, bias_p, bias_q, weights):
     classes = kernel_q.shape[sweep.vocab_axis]
     arrays = {"hidden_p": hidden_p, "kernel_p": kernel_p, "hidden_q": hidden_q, "kernel_q": kernel_q}

@@ -63,10 +63,9 @@ def next_token_labels(
         )
     over = mesh_axes(name, axis_name, Sharded("tokens", tokens, (tokens.ndim - 1,)))
     dimensions = ((*[None] * (tokens.ndim - 1), CLASSES),)  # along what `axis_name` shards
-    return placed(over.placement, _shifted, (over.shards, ignore_index), (tokens,), dimensions)
+    return placed(name, over.placement, _shifted, (over.shards, ignore_index), (tokens,), dimensions)
 
 
-@partial(jax.jit, static_argnums=(0, 1))
 def _shifted(shards, ignore_index, tokens):
     last = jnp.arange(tokens.shape[-1]) == tokens.shape[-1] - 1
     rolled = by_compiler(partial(jnp.roll, shift=-1, axis=-1), jax.typeof(tokens).sharding.spec, tokens)

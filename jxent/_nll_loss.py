@@ -89,7 +89,7 @@ def nll_loss(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _rule(form, inputs: CostInputs):
+def _nll_costs(form, inputs: CostInputs):
     """({"label": -log p of the label, or the sum of q w * -log p}, None), of which `inputs.logits` are the log p."""
     return _costs_fwd(form, inputs)[0]
 
@@ -189,5 +189,5 @@ def _costs_tangent(form, inputs, moving):
     return {"label": ProbabilityLabel().tangent(passes, None, Moved(still, None, still))}
 
 
-_rule.defvjp(_costs_fwd, _costs_bwd)
-_costs = with_forward_mode(_rule, _costs_tangent)
+_nll_costs.defvjp(_costs_fwd, _costs_bwd)
+_costs = with_forward_mode(_nll_costs, _costs_tangent)

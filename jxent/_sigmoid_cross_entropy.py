@@ -30,6 +30,7 @@ from jxent._core.weights import is_used, only, weighted
 from jxent._loss import checks, label_checks
 from jxent._loss.annotations import ArrayLike, Reduction
 from jxent._loss.axis_names import Over
+from jxent._loss.jitted import jitted
 from jxent._loss.names import known_names
 from jxent._loss.options import Weights, options_of, scalars_of
 from jxent._loss.positions import denominator, positions_of, reduced
@@ -92,10 +93,10 @@ def sigmoid_cross_entropy(
     _, sample_weight, where = checks.weights(name, None, sample_weight, where, as_classes, logits.ndim)
     scalars = checks.scalars(name, label_smoothing, z_loss_weight=0.0)
     options, traced = options_of((name, "logits"), logits.ndim, labels, Over(), scalars, None, reduction)
-    return _loss(options, logits, labels, pos_weight, Weights(None, sample_weight, where, traced))
+    weights = Weights(None, sample_weight, where, traced)
+    return jitted(name, _loss, (0,))(options, logits, labels, pos_weight, weights)
 
 
-@partial(jax.jit, static_argnums=0)
 def _loss(options, logits, labels, pos_weight, weights):
     positions = positions_of(options, weights, None, logits[..., None], logits.ndim, 1)
     dtype, smoothing = compute_dtype(logits.dtype, labels.dtype), scalars_of(options, weights).label_smoothing
@@ -143,7 +144,7 @@ def _times(weight, values):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _rule(dtype, inputs):
+def _sigmoid_losses(dtype, inputs):
     """(the loss of each position, None)."""
     return _fwd(dtype, inputs)[0]
 
@@ -190,5 +191,5 @@ def _tangent(dtype, inputs, moving):
     return sum(moved[1:], moved[0])
 
 
-_rule.defvjp(_fwd, _bwd)
-_losses = with_forward_mode(_rule, _tangent)
+_sigmoid_losses.defvjp(_fwd, _bwd)
+_losses = with_forward_mode(_sigmoid_losses, _tangent)

@@ -152,10 +152,9 @@ def _call(name, function, logits, axis, where, axis_name, keepdims=True):
     # Over axes of a mesh the first class axis is sharded.
     dimensions = tuple(CLASSES if a in axes[:1] else None for a in range(logits.ndim))
     static = function, _Classes(axes, over.shards), keepdims
-    return placed(over.placement, _masked, static, (logits, where), (dimensions, dimensions))
+    return placed(name, over.placement, _masked, static, (logits, where), (dimensions, dimensions))
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
 def _masked(function, classes, keepdims, logits, where):
     if where is not None:
         logits = jnp.where(where, logits, -jnp.inf)

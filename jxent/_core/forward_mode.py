@@ -86,12 +86,12 @@ def in_one_piece(function: Callable[..., T], plain: Callable[..., T], *operands)
     structures = []  # of the results, known once the function has been traced
 
     def flat(function):
-        def of_leaves(*leaves):
+        def in_one_piece(*leaves):  # a name that jaxprs show
             out, structure = jax.tree.flatten(function(*tree.unflatten(leaves)))
             structures.append(structure)
             return out
 
-        return of_leaves
+        return in_one_piece
 
     of_leaves = flat(function)
     out = _in_one_piece(of_leaves, of_leaves if plain is function else flat(plain), leaves)

@@ -8,6 +8,7 @@ import math
 import numbers
 import operator
 from collections.abc import Mapping
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -214,6 +215,8 @@ def positive(function, name, value) -> int:
 
 def matmul_precision(function, value):
     """What `jax.lax.dot_general` takes for its precision, checked by asking it."""
+    if value is None:  # asking takes a trace
+        return None
     value = tuple(value) if isinstance(value, list) else value
     wrong = (
         f'{function}: precision must be None, a string such as "highest", a jax.lax.Precision, a pair of these, or '
@@ -222,7 +225,8 @@ def matmul_precision(function, value):
     if isinstance(value, jax.Array):  # which JAX would compare, and fail in other ways
         raise TypeError(wrong)
     try:
-        jax.eval_shape(lambda a: jax.lax.dot(a, a, precision=value), jax.ShapeDtypeStruct((1, 1), jnp.float32))
+        of_any = jax.ShapeDtypeStruct((1, 1), jnp.float32)
+        jax.eval_shape(partial(jax.lax.dot, precision=value), of_any, of_any)
     except (TypeError, ValueError) as error:
         raise (ValueError if isinstance(value, str | tuple) else TypeError)(wrong) from error
     return value

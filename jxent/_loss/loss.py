@@ -1,6 +1,5 @@
 """The loss of logits or of log-probabilities, once its arguments are checked; and the statistics of any loss."""
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -62,7 +61,7 @@ def placed_loss_of(placement, options, rule, logits, labels, weights):
     positions, axis = tuple(range(logits.ndim - 1)), options.form.axis
     of_logits = (*positions[:axis], CLASSES, *positions[axis:])
     dimensions = of_logits, label_dimensions(labels, positions, of_logits), weight_dimensions(weights, positions)
-    return placed(placement, loss_of, (options, rule), (logits, labels, weights), dimensions)
+    return placed(options.function, placement, loss_of, (options, rule), (logits, labels, weights), dimensions)
 
 
 def label_dimensions(labels, positions, of_logits):
@@ -78,7 +77,6 @@ def weight_dimensions(weights, positions):
     return weights._replace(scalars=scalars, **dimensions)
 
 
-@partial(jax.jit, static_argnums=(0, 1))
 def loss_of(options, rule, logits, labels, weights):
     """The loss of logits, or what else `rule` takes the costs of, and `Stats` if the options ask for them."""
     axis = options.form.axis

@@ -5,14 +5,13 @@ nothing to decide, and a sweep is a `jax.shard_map` (`_mesh.explicit`).
 """
 
 from collections.abc import Callable, Hashable
-from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 from jax import Array
 from jax.sharding import AbstractMesh, PartitionSpec
 
-T = TypeVar("T")
+from jxent._loss.jitted import jitted
 
 CLASSES = "classes"
 
@@ -46,19 +45,20 @@ class Placement(NamedTuple):
         return PartitionSpec(*entries)
 
 
-def placed(placement: Placement | None, function: Callable[..., T], static: tuple, arrays: tuple, dimensions) -> T:
+def placed(name: str, placement: Placement | None, function: Callable, static: tuple, arrays: tuple, dimensions) -> Any:
     """`function(*static, *arrays)`, of arrays that are sharded by the `Placement`, or as they are if there is none.
 
-    `dimensions`, as of `Placement.spec`, has a tuple in the place of each array, also of one that is None.
+    It is `jitted` under the name of the public function. `dimensions`, as of `Placement.spec`, has a tuple in the place
+    of each array, also of one that is None.
     """
     if placement is None:
-        return function(*static, *arrays)
+        return jitted(name, function, tuple(range(len(static))))(*static, *arrays)
     specs = jax.tree.map(placement.spec, arrays, dimensions, is_leaf=lambda array: array is None)
     leaves, tree = jax.tree.flatten(arrays)
-    return _placed(placement, function, static, tree, tuple(jax.tree.leaves(specs)), *leaves)
+    of_leaves = jitted(name, _placed, (0, 1, 2, 3, 4))
+    return of_leaves(placement, function, static, tree, tuple(jax.tree.leaves(specs)), *leaves)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def _placed(placement, function, static, tree, specs, *leaves):
     def of_leaves(*leaves):
         return function(*static, *jax.tree.unflatten(tree, leaves))

@@ -97,7 +97,8 @@ def _partitioned(*arrays, static, names):
             return jax.tree.leaves(on_each_device(sweep, asked, dict(mesh.shape), plan, (), *tree.unflatten(shards)))
 
         def local(arrays):
-            with static.config():
+            # The compiler asks for this program by itself, which so lacks the names of what is around it.
+            with static.config(), jax.named_scope(sweep.function):
                 return static.pushed(on_this_device, arrays)
 
         return mesh, local, of_results, (of_arguments,)

@@ -28,6 +28,7 @@ from jxent._sweep.matmuls import as_kernel, dot, kernel_gradient, operands_of_bl
 class Sweep(NamedTuple):
     """The static part of a sweep: the form of the costs, and how to go over the positions."""
 
+    function: str  # the name of the public function, for profiles
     form: Form
     vocab_axis: int
     block_size: int | None  # None for the default
@@ -75,19 +76,22 @@ class _Layer(NamedTuple):
 
     def logits(self, bias, precision):
         last = self.hidden.ndim - 1
-        logits = dot(self.hidden, self.kernel, ((last,), (1 - self.vocab_axis,)), precision)
-        if bias is None:
-            return logits
-        dtype = compute_dtype(logits.dtype, bias.dtype)
-        return logits.astype(dtype) + given(along(bias, logits.ndim, last, dtype))
+        with jax.named_scope("logits" + self.suffix):
+            logits = dot(self.hidden, self.kernel, ((last,), (1 - self.vocab_axis,)), precision)
+            if bias is None:
+                return logits
+            dtype = compute_dtype(logits.dtype, bias.dtype)
+            return logits.astype(dtype) + given(along(bias, logits.ndim, last, dtype))
 
     def gradients(self, asked, dlogits, cpu, precision):
         """Those of the hidden states and the kernel that are asked for."""
         g, grads = dlogits.astype(self.hidden.dtype), {}
         if (name := "hidden" + self.suffix) in asked:
-            grads[name] = dot(g, self.kernel, ((g.ndim - 1,), (self.vocab_axis,)), precision)
+            with jax.named_scope(name + "_gradient"):
+                grads[name] = dot(g, self.kernel, ((g.ndim - 1,), (self.vocab_axis,)), precision)
         if (name := "kernel" + self.suffix) in asked:
-            grads[name] = kernel_gradient(self.hidden, g, self.vocab_axis, cpu, precision)
+            with jax.named_scope(name + "_gradient"):
+                grads[name] = kernel_gradient(self.hidden, g, self.vocab_axis, cpu, precision)
         return grads
 
 
@@ -118,7 +122,8 @@ def _block(sweep, asked, cpu, inputs, coefficients):
     if not by_index(labels):
         of_block = counted(of_block)  # the hidden states are selected, but probabilities of what does not count are not
     if asked:
-        out, residuals = costs_fwd(sweep.form, cpu, of_block)
+        with jax.named_scope("rows"):
+            out, residuals = costs_fwd(sweep.form, cpu, of_block)
     else:
         # Their gradients must vary over a mesh as they do.
         of_classes = of_block.logits, of_block.class_weight, of_block.temperature
@@ -126,22 +131,25 @@ def _block(sweep, asked, cpu, inputs, coefficients):
             sweep.form.shards, of_block.labels, of_classes, of_block.keep
         )
         of_block = CostInputs(logits, labels, class_weight, keep, inputs.first, temperature, inputs.indices)
-        out, residuals = costs_of_block((sweep.form, cpu), of_block), None
+        with jax.named_scope("rows"):
+            out, residuals = costs_of_block((sweep.form, cpu), of_block), None
     swept = Swept(*jax.tree.map(lambda row: only(inputs.keep, row[..., 0]), out))
     if residuals is None:
         return swept, {}
 
     to_costs = {name: c[..., None].astype(swept.costs[name].dtype) for name, c in coefficients.items()}
-    to_given = costs_bwd(sweep.form, residuals, to_costs)
+    with jax.named_scope("logits_gradient"):
+        to_given = costs_bwd(sweep.form, residuals, to_costs)
     grads = layer.gradients(asked, to_given.logits, cpu, sweep.precision)
     if layer_p is not None:
         grads |= layer_p.gradients(asked, to_given.labels, cpu, sweep.precision)
     for name, field in (("bias", "logits"), ("bias_p", "labels")):
         if name in asked:
             # Once more, for the sum alone: for two uses at once XLA:CPU would write every term of the gradient.
-            again, _ = barrier(((residuals, to_costs), getattr(to_given, field)))
-            terms = apart(getattr(costs_bwd(sweep.form, *again), field))
-            grads[name] = jnp.sum(terms, tuple(range(terms.ndim - 1)))
+            with jax.named_scope(name + "_gradient"):
+                again, _ = barrier(((residuals, to_costs), getattr(to_given, field)))
+                terms = apart(getattr(costs_bwd(sweep.form, *again), field))
+                grads[name] = jnp.sum(terms, tuple(range(terms.ndim - 1)))
     for name in ("labels", "class_weight", "temperature"):
         if name in asked:
             grads[name] = getattr(to_given, name)
@@ -249,7 +257,7 @@ def _swept(sweep, asked, together, cpu, inputs, coefficients):
 def _all_blocks(blocks, block, arrays):
     """What `block` returns, of all blocks: arrays of all positions, and sums over the blocks."""
 
-    def block_number(i):
+    def one_block(i):
         part, weights = jax.tree.map(partial(take, blocks, i), arrays)
         repeated = not_repeated(blocks, i)
         if repeated is not None:
@@ -257,7 +265,7 @@ def _all_blocks(blocks, block, arrays):
         return block(part, weights)
 
     # The jit traces it once for the shapes and for the loop; a gradient of the loop computes a block again.
-    traced_once = jax.jit(jax.checkpoint(block_number, prevent_cse=False), inline=True)
+    traced_once = jax.jit(jax.checkpoint(one_block, prevent_cse=False), inline=True)
 
     def step(i, carry):
         return _with_block(partial(put, blocks, i), carry, traced_once(i))
@@ -272,10 +280,10 @@ def _counted_blocks(size, step_size, together, block, arrays):
     counted = order.order_of(keep, size)
     counted = counted._replace(counted=largest(cast(counted.counted, checked(together)), together))
 
-    def block_of(rows):
+    def one_block(rows):
         return block(*jax.tree.map(partial(order.take, counted, rows), arrays))
 
-    traced_once = jax.jit(jax.checkpoint(block_of, prevent_cse=False), inline=True)
+    traced_once = jax.jit(jax.checkpoint(one_block, prevent_cse=False), inline=True)
 
     def step(rows, carry):
         return _with_block(partial(order.put, counted, rows), carry, traced_once(rows))
@@ -287,7 +295,9 @@ def _counted_blocks(size, step_size, together, block, arrays):
 
 def _with_block(put, carry, of_block):
     """`carry`, arrays of all positions and sums, with what a block has of them."""
-    return jax.tree.map(put, carry[0], of_block[0]), jax.tree.map(jnp.add, carry[1], of_block[1])
+    with jax.named_scope("sum_over_blocks"):
+        sums = jax.tree.map(jnp.add, carry[1], of_block[1])
+    return jax.tree.map(put, carry[0], of_block[0]), sums
 
 
 def _zeros(leading, like):
