@@ -155,13 +155,13 @@ def linear_cross_entropy(
     kernel = checks.floating(name, "kernel", kernel)
     vocab_axis = checks.kernel_axis(name, hidden, kernel, vocab_axis)
     classes = kernel.shape[vocab_axis]
-    checks.concrete(name, hidden, classes)
     logits = jax.ShapeDtypeStruct((*hidden.shape[:-1], classes), hidden.dtype)
     labels = label_checks.class_labels(name, None, logits, labels, logits.ndim - 1)
     bias = checks.per_class(name, "bias", bias, classes, hidden.dtype)
     arrays = checks.weights(name, class_weight, sample_weight, where, logits, logits.ndim - 1)
     of_kernel, of_hidden = Sharded("kernel", kernel, (vocab_axis,)), Sharded("hidden", hidden, range(hidden.ndim - 1))
     over = mesh_axes(name, axis_name, of_kernel, batch_axis_name, of_hidden, reduction)
+    checks.one_device_if_symbolic(name, hidden, kernel)
     scalars = checks.scalars(name, label_smoothing, z_loss_weight)
     options, traced = options_of(
         (name, "hidden"), logits.ndim - 1, labels, over, scalars, ignore_index, reduction, logit_softcap, return_stats

@@ -181,13 +181,13 @@ def _linear_divergence(name, divergence, sides, vocab_axis, weights, reduction, 
     classes = kernel_q.shape[axis_q]
     checks.same_positions(name, hidden_p, hidden_q)
     checks.same_vocabulary(name, kernel_p, axis_p, kernel_q, axis_q)
-    checks.concrete(name, hidden_q, classes)
     logits = jax.ShapeDtypeStruct((*hidden_q.shape[:-1], classes), hidden_q.dtype)
     arrays = hidden_p, kernel_p, hidden_q, kernel_q
     weights = divergence_weights(name, *weights, logits, logits.ndim - 1, *arrays)
     of_kernel = Sharded("kernel_q", kernel_q, (axis_q,))
     of_hidden = Sharded("hidden_q", hidden_q, range(hidden_q.ndim - 1))
     over = mesh_axes(name, over[0], of_kernel, over[1], of_hidden, reduction)
+    checks.one_device_if_symbolic(name, *arrays)
     options = divergence_options((name, "hidden_q"), logits.ndim - 1, over, divergence, reduction)
     sweep = Sweep(
         function=name,

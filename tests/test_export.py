@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jxent
 
@@ -75,6 +76,94 @@ def test_bytes(name):
 
     assert np.any(gradient(f))
     chex.assert_trees_all_close(gradient(read.call), gradient(f), rtol=1e-6)
+
+
+SYMBOLIC = {
+    "mean": (jxent.linear_cross_entropy, {"block_size": 4}),
+    "default block": (jxent.linear_cross_entropy, {}),
+    "all": (jxent.linear_cross_entropy, {"block_size": 4, "ignore_index": None}),
+    "none": (jxent.linear_cross_entropy, {"block_size": 4, "reduction": "none", **STATS}),
+    "divergence": (jxent.linear_kl_divergence, {"block_size": 4}),
+}
+
+
+@pytest.mark.parametrize("name", SYMBOLIC)
+def test_symbolic_shapes(name):
+    """One artifact for any number of positions and classes: values, gradients, and their tangents."""
+    function, options = SYMBOLIC[name]
+    batch, vocab = jax.export.symbolic_shape("batch, vocab")
+    divergence = name == "divergence"
+
+    def f(hidden, kernel, labels):
+        others = (-hidden, kernel) if divergence else (labels,)
+        return scalar(function, options, hidden, kernel, *others)
+
+    def every(*arrays):
+        gradients = jax.grad(lambda *arrays: jax.tree.leaves(f(*arrays))[0], (0, 1))
+        return f(*arrays), gradients(*arrays), jax.jvp(lambda h: gradients(h, *arrays[1:]), arrays[:1], arrays[:1])[1]
+
+    shapes = (batch, 3, 4), (4, vocab), (batch, 3)
+    dtypes = np.float32, np.float32, np.int32
+    symbolic = [jax.ShapeDtypeStruct(*each) for each in zip(shapes, dtypes, strict=True)]
+    read = jax.export.deserialize(jax.export.export(jax.jit(every), platforms=PLATFORMS)(*symbolic).serialize())
+    rng = np.random.default_rng(17)
+    for length, classes in ((1, 7), (3, 10)):
+        hidden, kernel = rng.normal(size=(length, 3, 4)), rng.normal(size=(4, classes))
+        labels = np.where(rng.random((length, 3)) < 0.3, -100, rng.integers(0, classes, (length, 3)))
+        arrays = [a.astype(dtype) for a, dtype in zip((hidden, kernel, labels), dtypes, strict=True)]
+        chex.assert_trees_all_close(read.call(*arrays), jax.jit(every)(*arrays), rtol=1e-5, atol=1e-6)
+
+
+def test_memory_of_symbolic_shapes():
+    """That of blocks, as for concrete shapes."""
+    (batch,) = jax.export.symbolic_shape("batch")
+    f = jax.jit(jax.value_and_grad(partial(jxent.linear_cross_entropy, block_size=64), (0, 1)))
+
+    def shapes(length):
+        dtypes = jnp.float32, jnp.float32, jnp.int32
+        return [jax.ShapeDtypeStruct(*a) for a in zip(((length, 8), (8, 1000), (length,)), dtypes, strict=True)]
+
+    def temporaries(f):
+        return jax.jit(f).lower(*shapes(1024)).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(jax.export.export(f)(*shapes(batch)).call) <= 1.1 * temporaries(f)
+
+
+@pytest.mark.parametrize("mode", ["Auto", "Explicit", "named"])
+def test_symbolic_shapes_on_a_mesh(mode):
+    """JAX cannot call such a program, which may end the process: an error says what to export instead."""
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType[mode.replace("named", "Auto")],))
+    (half,) = jax.export.symbolic_shape("half")
+    f = partial(jxent.linear_cross_entropy, batch_axis_name="data" if mode == "named" else None)
+
+    def array(shape, dtype, *spec):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
+
+    arrays = array((2 * half, 4), np.float32, "data"), array((4, 10), np.float32), array((2 * half,), np.int32, "data")
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match=r"concrete shapes, got \(2\*half, 4\), .* one device"):
+        jax.export.export(jax.jit(f))(*arrays)
+
+
+def test_stats_need_jxent(tmp_path):
+    """Only a process that has loaded it can read an artifact that returns `Stats`; any can read one of a dictionary."""
+    f, arrays = CALLS["cross_entropy-stats"]
+
+    def as_dictionary(*arrays):
+        loss, stats = f(*arrays)
+        return loss, stats._asdict()
+
+    def read(name, function, *before):
+        (tmp_path / name).write_bytes(jax.export.export(jax.jit(function))(*arrays).serialize())
+        program = "; ".join(
+            (*before, "import pathlib, sys, jax.export", "data = pathlib.Path(sys.argv[1]).read_bytes()")
+        )
+        program += "; jax.export.deserialize(bytearray(data))"
+        command = [sys.executable, "-c", program, str(tmp_path / name)]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert "jxent.Stats" in read("stats", f).stderr
+    assert read("stats", f, "import jxent").returncode == 0
+    assert read("dictionary", as_dictionary).returncode == 0
 
 
 def test_train_step_in_another_process(tmp_path):

@@ -767,13 +767,6 @@ def test_export_and_ahead_of_time():
     chex.assert_trees_all_equal(step.lower(hidden, kernel, labels).compile()(hidden, kernel, labels), want)
 
 
-def test_symbolic_shapes_raise():
-    (batch,) = jax.export.symbolic_shape("batch")
-    args = jax.ShapeDtypeStruct((batch, 3), jnp.float32), jnp.ones((3, 5)), jax.ShapeDtypeStruct((batch,), jnp.int32)
-    with pytest.raises(ValueError, match=r"linear_cross_entropy: .* concrete shapes, got symbolic ones"):
-        jax.export.export(jax.jit(jxent.linear_cross_entropy))(*args)
-
-
 def test_values_do_not_retrace():
     hidden, kernel, _, labels = arrays((6,), 3, 5, dtype=np.float32)
     traced = jax.jit(

@@ -18,6 +18,7 @@ from jax import Array
 from jxent._core.costs import Scalars
 from jxent._core.labels import SparseLabels
 from jxent._core.passes import compute_dtype
+from jxent._core.shards import mesh_in_use
 
 REDUCTIONS = ("mean", "sum", "none")
 FLOATING = tuple(jnp.dtype(d) for d in (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64))
@@ -190,12 +191,14 @@ def kernel_axis(function, hidden, kernel, vocab_axis, of="") -> int:
     return vocab_axis
 
 
-def concrete(function, hidden, classes):
-    """Blocks are cut at trace time: symbolic sizes, which `jax.export` has, leave nothing to cut."""
-    if not all(isinstance(size, int) for size in (*hidden.shape, classes)):
+def one_device_if_symbolic(function, *arrays):
+    """JAX refines symbolic shapes, which `jax.export` has, on one device; on several it fails or ends the process."""
+    mesh, shapes = mesh_in_use(*arrays), [array.shape for array in arrays]
+    symbolic = not all(isinstance(size, int) for shape in shapes for size in shape)
+    if symbolic and math.prod(mesh.shape.values()) > 1:
         raise ValueError(
-            f"{function}: hidden and kernel must have concrete shapes, got symbolic ones, {hidden.shape} in hidden and "
-            f"{classes} classes; export for concrete shapes, or take cross_entropy of the logits"
+            f"{function}: arrays on a mesh of several devices must have concrete shapes, got "
+            f"{', '.join(map(str, shapes))}; export for concrete shapes, or for one device without a mesh"
         )
 
 

@@ -28,6 +28,9 @@ class Stats(NamedTuple):
     If you differentiate statistics of `linear_cross_entropy`, call it with ``reduction="none"`` or ``recompute=True``.
     One sweep backwards then serves the loss and the statistics, with four matmuls in all. Otherwise a mean takes six,
     and memory for a second gradient of the kernel. If you only report statistics, the mean takes three matmuls.
+
+    A program that returns `Stats` and is serialized by `jax.export` can be read where jxent has been imported. Return
+    `stats._asdict()` for other readers.
     """
 
     log_prob: Float[Array, "*positions"]

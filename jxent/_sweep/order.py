@@ -37,6 +37,13 @@ def order_of(keep, room):
     return Order(keep.shape, jnp.pad(index, (0, room), constant_values=number), jnp.sum(keep, dtype=jnp.int32))
 
 
+def all_of(shape, room):
+    """The `Order` of all positions of this shape."""
+    number = math.prod(shape)
+    index = jnp.arange(number, dtype=jnp.int32)
+    return Order(shape, jnp.pad(index, (0, room), constant_values=number), jnp.asarray(number, jnp.int32))
+
+
 def take(order, rows, array):
     """The given positions of an array whose leading axes are those of the positions, along the last; zeros for none."""
     rest = array.shape[len(order.shape) :]
@@ -49,6 +56,15 @@ def put(order, rows, array, block):
     rest = array.shape[len(order.shape) :]
     flat, block = array.reshape(order.number, *rest), block.reshape(rows.size, *rest)
     return flat.at[rows].set(block, mode="drop", indices_are_sorted=True).reshape(array.shape)
+
+
+def by_scan(order, size, step, carry):
+    """``step(rows, carry)`` for blocks of `size` rows, of all positions; it can be differentiated backwards."""
+
+    def visit(carry, start):
+        return step(start + jnp.arange(size, dtype=jnp.int32), carry), None
+
+    return lax.scan(visit, carry, size * jnp.arange(-(-order.number // size), dtype=jnp.int32))[0]
 
 
 def by_blocks(order, size, step_size, step, carry):

@@ -198,7 +198,8 @@ def default_block_size(cpu, asked, positions, classes):
     """Positions, by a budget for the float32 logits. Larger blocks read and write the kernel's gradient less often."""
     of_kernel = "kernel" in asked or "kernel_p" in asked
     least, budget = (256, 64 * 2**20) if cpu else (1024, 2**30) if of_kernel else (512, 2**29)
-    return max(least, min(positions // 4, budget // (4 * classes)))
+    sizes = (positions // 4, budget // (4 * classes))
+    return max(least, min((size for size in sizes if isinstance(size, int)), default=least))
 
 
 def swept(sweep, asked, inputs, coefficients, together=None) -> tuple[Swept, dict[str, Array]]:
@@ -222,7 +223,8 @@ def _swept(sweep, asked, together, cpu, inputs, coefficients):
     shape, classes = inputs.hidden.shape[:-1], inputs.kernel.shape[sweep.vocab_axis]
     sides = ((inputs.hidden, inputs.kernel), (inputs.hidden_p, inputs.kernel_p))[: 1 if inputs.hidden_p is None else 2]
     default = default_block_size(cpu, asked, math.prod(shape), classes) // len(sides)
-    blocks = blocks_of(shape, sweep.block_size or max(1, default))
+    size = sweep.block_size or max(1, default)
+    blocks = blocks_of(shape, size) if all(isinstance(length, int) for length in shape) else None
     scale = None
     if asked and jnp.float16 in [jnp.promote_types(hidden.dtype, kernel.dtype) for hidden, kernel in sides]:
         scale = lax.stop_gradient(_float16_scale(coefficients, inputs.labels, inputs.class_weight, inputs.temperature))
@@ -240,12 +242,14 @@ def _swept(sweep, asked, together, cpu, inputs, coefficients):
         return (out, each), {name: grad for name, grad in grads.items() if name not in POSITIONAL}
 
     arrays = {name: getattr(inputs, name) for name in POSITIONAL}, coefficients
-    if blocks.number == 1:
+    if blocks is None:
+        (out, grads), sums = _blocks_of_symbolic(shape, size, LEAST_STEP[cpu], together, block, arrays)
+    elif blocks.number == 1:
         (out, grads), sums = block(*arrays)
     elif together is not None and inputs.keep is not None:
         size = math.prod(blocks.size)
-        step_size = min(size, max(LEAST_STEP[cpu], size // 8))
-        (out, grads), sums = _counted_blocks(size, step_size, together, block, arrays)
+        counted = order.order_of(inputs.keep, size)
+        (out, grads), sums = _counted_blocks(counted, size, LEAST_STEP[cpu], together, block, arrays)
     else:
         (out, grads), sums = _all_blocks(blocks, block, arrays)
     for name, vocab_axis in (("kernel", sweep.vocab_axis), ("kernel_p", sweep.vocab_axis_p)):
@@ -274,11 +278,24 @@ def _all_blocks(blocks, block, arrays):
     return lax.fori_loop(0, blocks.number, step, (_zeros(blocks.shape, each), _zeros((), sums)))
 
 
-def _counted_blocks(size, step_size, together, block, arrays):
+def _counted_blocks(counted, size, least_step, together, block, arrays):
     """What `_all_blocks` returns, but of the positions that count, with zeros for the others."""
-    keep = arrays[0]["keep"]
-    counted = order.order_of(keep, size)
     counted = counted._replace(counted=largest(cast(counted.counted, checked(together)), together))
+    step_size = min(size, max(least_step, size // 8))
+    return order.by_blocks(counted, size, step_size, *_by_rows(counted, size, block, arrays))
+
+
+def _blocks_of_symbolic(shape, size, least_step, together, block, arrays):
+    """What `_all_blocks` returns, where only `jax.export.Exported.call` will know how many positions there are."""
+    keep, everything = arrays[0]["keep"], order.all_of(shape, size)
+    if together is None:
+        return order.by_scan(everything, size, *_by_rows(everything, size, block, arrays))
+    counted = everything if keep is None else order.order_of(keep, size)
+    return _counted_blocks(counted, size, least_step, together, block, arrays)
+
+
+def _by_rows(counted, size, block, arrays):
+    """The step of `order.by_blocks`, and what it begins with."""
 
     def one_block(rows):
         return block(*jax.tree.map(partial(order.take, counted, rows), arrays))
@@ -289,8 +306,7 @@ def _counted_blocks(size, step_size, together, block, arrays):
         return _with_block(partial(order.put, counted, rows), carry, traced_once(rows))
 
     each, sums = jax.eval_shape(traced_once, counted.rows[:size])
-    carry = _zeros(keep.shape, each), _zeros((), sums)
-    return order.by_blocks(counted, size, step_size, step, carry)
+    return step, (_zeros(counted.shape, each), _zeros((), sums))
 
 
 def _with_block(put, carry, of_block):
