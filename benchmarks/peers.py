@@ -54,7 +54,9 @@ def linear_losses():
         losses["jax-cce"] = lambda hidden, kernel, labels: jax_cce.linear_cross_entropy(hidden, kernel.T, labels)
     if tokamax := optional("tokamax"):
         optional("absl.flags").FLAGS.mark_as_parsed()  # else it takes this program's arguments for its own
-        for form in ("xla", "mosaic_tpu") if jax.default_backend() == "tpu" else ("xla",):
+        # pip installs 0.0.12 on Python 3.11, which lacks `chunked_xla`, and 0.0.17 on 3.13, where it pads the
+        # classes with zeros, which it counts as classes, unless 2048 divides their number.
+        for form in ("xla", "chunked_xla", *(["mosaic_tpu"] if jax.default_backend() == "tpu" else [])):
             losses[f"tokamax, {form}"] = lambda hidden, kernel, labels, form=form: (
                 tokamax.linear_softmax_cross_entropy_loss(hidden, labels, kernel, reduction="mean", implementation=form)
             )
