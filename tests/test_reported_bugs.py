@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from compiling import optimized
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -392,3 +393,34 @@ def test_curvature_of_a_sure_yes_or_no(x, label):
     e = np.exp(-abs(x))
     for second in (jax.grad(jax.grad(loss)), jax.jacfwd(jax.grad(loss)), jax.jacfwd(jax.jacfwd(loss))):
         np.testing.assert_allclose(second(x), e / (1 + e) ** 2, rtol=1e-12)
+
+
+# XLA:CPU ends the process for the transpose of a small matmul under `jax.vmap` ("dot_op_emitter.cc ... Check failed:
+# shape.has_layout()") in JAX 0.10; not in 0.12.
+@pytest.mark.parametrize("compiled", [jax.jit, optimized], ids=["quick", "optimized"])
+@pytest.mark.parametrize("sizes", [(3, 6, 5), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize("mapped", ["hidden", "hidden and kernel"])
+def test_small_matmuls_do_not_end_the_process(mapped, sizes, compiled):
+    positions, features, vocab = sizes
+    rng = np.random.default_rng(len(mapped) + positions)
+    labels = jnp.arange(positions)
+    examples = rng.normal(size=(2, positions, features)).astype(np.float32)
+    kernel = rng.normal(size=(2, vocab, features)).astype(np.float32)
+    axes = (0, 0 if "kernel" in mapped else None)
+
+    def loss(hidden, kernel):
+        return jxent.linear_cross_entropy(hidden, kernel, labels, vocab_axis=0, reduction="none").sum()
+
+    kernel = kernel if "kernel" in mapped else kernel[0]
+    got = compiled(jax.vmap(jax.grad(loss, (0, 1)), axes))(examples, kernel)
+    for i, hidden in enumerate(examples):
+        want = oracle_gradients(hidden, kernel[i] if kernel.ndim == 3 else kernel, labels)
+        jax.tree.map(lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=2e-5, atol=1e-6), got, want)
+
+
+def oracle_gradients(hidden, kernel, labels):
+    """Those of the sum of the losses, in float64."""
+    hidden, kernel = np.float64(hidden), np.float64(kernel)
+    exp = np.exp(hidden @ kernel.T)
+    dlogits = exp / exp.sum(-1, keepdims=True) - np.eye(len(kernel))[np.asarray(labels)]
+    return dlogits @ kernel, dlogits.T @ hidden

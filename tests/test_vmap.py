@@ -17,19 +17,19 @@ import pytest
 
 import jxent
 
-EXAMPLES, POSITIONS, CLASSES, FEATURES = 2, 3, 4, 2
+EXAMPLES, POSITIONS, CLASSES, FEATURES = 2, 4, 4, 2
 ARRAYS = {  # name -> how to draw an example
     "logits": lambda rng: rng.normal(size=(POSITIONS, CLASSES)),
     "hidden": lambda rng: rng.normal(size=(POSITIONS, FEATURES)),
     "kernel": lambda rng: rng.normal(size=(FEATURES, CLASSES)),
     "bias": lambda rng: rng.normal(size=CLASSES),
-    "labels": lambda rng: rng.permutation([1, 3, -100]),
+    "labels": lambda rng: rng.permutation([1, 3, 0, -100]),
     "probabilities": lambda rng: rng.dirichlet(np.ones(CLASSES), POSITIONS),
     "indices": lambda rng: rng.integers(0, CLASSES, (POSITIONS, 2)),
     "shares": lambda rng: rng.dirichlet(np.ones(2), POSITIONS),
     "class_weight": lambda rng: rng.uniform(0.5, 2, CLASSES),
     "sample_weight": lambda rng: rng.uniform(0.5, 2, POSITIONS),
-    "where": lambda rng: rng.permutation([True, True, False]),
+    "where": lambda rng: rng.permutation([True, True, True, False]),
     "label_smoothing": lambda rng: rng.uniform(0.1, 0.3),
     "z_loss_weight": lambda rng: rng.uniform(0.1, 0.3),
     "temperature": lambda rng: rng.uniform(0.5, 2),

@@ -231,6 +231,9 @@ class Map(NamedTuple):
 
 linear_p = Primitive("jxent_linear")
 linear_p.multiple_results = True
+# Of no types but arrays', whatever its `program` is made of: with JAX's next `custom_jvp` and `custom_vjp` a program with
+# such rules in it would have to be rewritten before this is lowered (`jax_custom_jvp3`), though it is traced anew then.
+linear_p.is_high = lambda *_, **__: False
 
 
 def linear(apply, transpose, residuals, directions, like, program=None, symbolic_zeros=False):

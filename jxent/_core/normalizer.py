@@ -24,7 +24,7 @@ from jax import Array
 from jxent._core.forward_mode import linear, mapped_with
 from jxent._core.passes import Arrays, Moving, Passes
 from jxent._core.shards import each_shards_own, first_class, largest, shards_of, shared_cotangent
-from jxent._core.terms import confident
+from jxent._core.terms import confident, rounded
 
 
 class Normalizer(NamedTuple):
@@ -52,7 +52,7 @@ def normalizer(logits, label, axis, cap, dtype, room=False, axis_name=()) -> Nor
     add_up = passes.keep_exponentials if room else passes.sum_of_exponentials
     if label is not None:
         index, logit = label
-        rest = add_up(but=index) + jnp.expm1(passes.z_of(logit))
+        rest = add_up(but=index) + jnp.expm1(passes.z_of(rounded(logit.astype(dtype), jnp.ones((), dtype))))
     else:
         everything = add_up()
         below = passes.sum(lambda c: c.exp_z * c.below_max)

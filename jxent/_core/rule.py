@@ -16,7 +16,6 @@ from jxent._core.normalizer import normalizer
 from jxent._core.passes import Arrays, Moving, Passes, given, on_cpu
 from jxent._core.prediction import largest_class
 from jxent._core.shards import each_shards_own, local_index, sharded_like, shared_cotangent
-from jxent._core.terms import rounded
 from jxent._core.weights import along, only
 
 
@@ -59,8 +58,7 @@ def costs_fwd(form, room, inputs) -> tuple[Any, Any]:
     label = None
     if by_index(labels):
         index = local_index(clipped(labels, classes, axis), inputs.first)
-        label_logit = at_label(logits, index, axis, form.shards.axis_name).astype(inputs.dtype)
-        label = index, rounded(label_logit, jnp.minimum(jnp.abs(label_logit), 1))
+        label = index, at_label(logits, index, axis, form.shards.axis_name)
     left_out = label if leaves_label_out(form, labels, logits.shape[axis]) else None
     cap, axis_name = form.logit_softcap, form.shards.axis_name
     row = normalizer(logits, left_out, (axis,), cap, inputs.dtype, room, axis_name)

@@ -29,13 +29,13 @@ def most(unit):
     return float(jnp.finfo(unit.dtype).max) * unit
 
 
-def rounded(x, number):
-    """x, of any finite `number` up to 1e20. A compiler must round x before it takes anything off the result.
+def rounded(x, unit):
+    """x. A compiler must round it before it takes anything off the result.
 
     Where x is a product that a compiler takes anew, it would otherwise fuse x - m into one operation, which does not
-    round x, and x - m would not be 0 at the largest x. No compiler knows that the factor here is 1.
+    round x, and x - m would not be 0 at the largest x. The sum here is rounded to x.
     """
-    return x * (1 + number * 1e-30)
+    return x + x * (1e-30 * unit)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(3,))
@@ -51,13 +51,12 @@ def centered(logits, top, log_z, cap, unit):
     which does not cancel, as the difference of two rounded tanh would.
     """
     x, top = logits.astype(unit.dtype), top.astype(unit.dtype)
-    if log_z is not None:
-        x = rounded(x, log_z)
+    below = (x if log_z is None else rounded(x, unit)) - top
     if cap is None:
-        return x - top
+        return below
     cap = cap * unit
     falling, rising = jnp.exp(-2 * unit * (top / cap)), jnp.exp(2 * unit * (x / cap))
-    z = 2 * cap * jnp.expm1(-2 * unit * ((top - x) / cap)) / ((unit + falling) * (unit + rising))
+    z = 2 * cap * jnp.expm1(2 * unit * (below / cap)) / ((unit + falling) * (unit + rising))
     # The last term is 0, or -inf where x is: a masked class stays masked.
     return z + jnp.minimum(x * (0.25 * unit) + most(unit), 0 * unit)
 

@@ -103,9 +103,10 @@ def real(function, name, value, dtype) -> Array | None:
         return None
     if isinstance(value, np.ndarray) and value.dtype.kind in "iu":
         value = value.astype(compute_dtype(dtype))
+    number = isinstance(value, int | float)
     value = array(function, name, value)
     whole = jnp.issubdtype(value.dtype, jnp.integer) or value.dtype == jnp.bool_
-    return value.astype(compute_dtype(dtype)) if whole or value.weak_type else floating(function, name, value)
+    return value.astype(compute_dtype(dtype)) if whole or number else floating(function, name, value)
 
 
 def integer(function, name, value) -> int:

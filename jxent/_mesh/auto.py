@@ -17,7 +17,7 @@ from jax.interpreters import ad, batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jxent._core.config import traced_config
-from jxent._core.forward_mode import jvp_of_moving, linear
+from jxent._core.forward_mode import jvp_of_moving, linear, linear_p
 from jxent._core.shards import mesh_in_use
 from jxent._mesh.device import all_dimensions, on_each_device
 from jxent._mesh.layout import argument_dimension, is_dimensions, layout
@@ -27,6 +27,7 @@ from jxent._sweep.sweep import Sweep, swept
 # sweep.
 _sweep_p = Primitive("sweep")
 _sweep_p.multiple_results = True
+_sweep_p.is_high = linear_p.is_high
 
 
 class _Static(NamedTuple):
