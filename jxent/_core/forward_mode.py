@@ -231,8 +231,8 @@ class Map(NamedTuple):
 
 linear_p = Primitive("jxent_linear")
 linear_p.multiple_results = True
-# Of no types but arrays', whatever its `program` is made of: with JAX's next `custom_jvp` and `custom_vjp` a program with
-# such rules in it would have to be rewritten before this is lowered (`jax_custom_jvp3`), though it is traced anew then.
+# With `jax_custom_jvp3` JAX would rewrite a `program` that has such rules in it before it lowers this. But lowering
+# traces the program anew.
 linear_p.is_high = lambda *_, **__: False
 
 

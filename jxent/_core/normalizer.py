@@ -24,7 +24,7 @@ from jax import Array
 from jxent._core.forward_mode import linear, mapped_with
 from jxent._core.passes import Arrays, Moving, Passes
 from jxent._core.shards import each_shards_own, first_class, largest, shards_of, shared_cotangent
-from jxent._core.terms import confident, rounded
+from jxent._core.terms import below_top_of_exponentials, confident, rounded
 
 
 class Normalizer(NamedTuple):
@@ -55,7 +55,7 @@ def normalizer(logits, label, axis, cap, dtype, room=False, axis_name=()) -> Nor
         rest = add_up(but=index) + jnp.expm1(passes.z_of(rounded(logit.astype(dtype), jnp.ones((), dtype))))
     else:
         everything = add_up()
-        below = passes.sum(lambda c: c.exp_z * c.below_max)
+        below = passes.sum(lambda c: c.exp_z * below_top_of_exponentials(c.exp_z, c.unit))
         # Where the sum is at least 1.5, 1 can be taken off it; where it is not, the maximum is unique.
         rest = jnp.where(everything < 1.5, below, everything - 1)
     empty &= rest == rest  # a maximum over shards may pass over NaN

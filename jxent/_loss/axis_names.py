@@ -130,8 +130,8 @@ def _check_names(function, name, value, entries, argument, mesh):
     if mesh.empty:
         raise ValueError(
             f"{function}: {name}={value!r} names no axis in scope, and no mesh is in use: call within "
-            "jax.set_mesh(mesh), which replaces the older `with mesh:`, or inside jax.shard_map, or leave it out on one "
-            "device"
+            "jax.set_mesh(mesh), which replaces the older `with mesh:`, or inside jax.shard_map, or leave it out on "
+            "one device"
         )
     unknown = [axis for axis in sum(entries, ()) if axis not in mesh.axis_names]
     if unknown:

@@ -39,12 +39,12 @@ def kernel_gradient(hidden, dlogits, vocab_axis, cpu, precision):
     return dot(hidden, dlogits[..., None, :], (tuple(a + 1 for a in positions), positions), precision)
 
 
-def as_kernel(gradient, vocab_axis, cpu, blocks):
-    """The gradient of `kernel_gradient`, summed over so many blocks, in the layout of the kernel."""
+def as_kernel(gradient, vocab_axis, cpu, one_block):
+    """The gradient of `kernel_gradient`, that of one block or a sum over several, in the layout of the kernel."""
     if vocab_axis or not cpu:
         return gradient
     # The barrier keeps XLA:CPU from transposing the operands instead, for it cannot multiply 16-bit ones that way.
-    if blocks > 1:
+    if not one_block:
         return barrier(gradient).T
     # Barriers are gone once layouts are assigned. XLA:CPU 0.10 then took the transpose of a matmul for a matmul with a
     # transposed layout, which ends the process where it is small and under `jax.vmap`. An axis of size 1 hides it.

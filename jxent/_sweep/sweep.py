@@ -254,7 +254,7 @@ def _swept(sweep, asked, together, cpu, inputs, coefficients):
         (out, grads), sums = _all_blocks(blocks, block, arrays)
     for name, vocab_axis in (("kernel", sweep.vocab_axis), ("kernel_p", sweep.vocab_axis_p)):
         if name in sums:
-            sums[name] = as_kernel(sums[name], vocab_axis, cpu, blocks.number)
+            sums[name] = as_kernel(sums[name], vocab_axis, cpu, blocks is not None and blocks.number == 1)
     return out, grads | {name: finished(name, grad) for name, grad in sums.items()}
 
 
