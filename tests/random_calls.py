@@ -159,6 +159,9 @@ def scores(config, rng, shape):
         x = np.where(kind == 1, rng.choice([0.0, -0.0, 0.1, -0.1, 1e-6], each) * tiny(config), x)
         limit = 6e4 if config.dtype == "float16" else 1e36
         x = np.where(kind == 2, rng.choice([limit, -limit, limit / 4, 1.0, 0.0], each), x)
+        least = float(jnp.finfo(config.dtype).min) / 4  # with which others mask classes; a sum of costs is to be finite
+        x = np.where(kind == 3, least, x)
+        x = np.where((kind == 4) & (rng.random(each) < 0.5), least / 256, x)
         x = np.where((kind >= 20) & (rng.random(each) < 0.3), -np.inf, x)
         x = np.where(np.all(np.isneginf(x), -1, keepdims=True), 0.0, x)
     return held(config, x)
