@@ -335,7 +335,7 @@ def scalar_rows(function, name, wanted, values):
         ("bool-array", jnp.bool_(True), TypeError, "must be a number or a floating-point scalar", "got .*bool"),
         ("float8-array", jnp.ones((), jnp.float8_e4m3fn), TypeError, "must be a number", "got .*float8_e4m3fn"),
         ("vector", floats(1), ValueError, "must be a number or a scalar", r"got shape \(1,\)"),
-        *((str(v), v, ValueError, wanted, f"got {v}") for v in values),
+        *((str(v), v, ValueError, wanted, re.escape(f"got {v}")) for v in values),
     )
 
 
@@ -345,7 +345,9 @@ def cross_entropy_rows(function):
     number = "must be None or a Python number"
     return (
         scalar_rows(function, "label_smoothing", r"must be in \[0, 1\]", (-0.1, 1.5, 2, float("nan"), float("inf")))
-        + scalar_rows(function, "z_loss_weight", "must be finite and at least 0", (-1e-4, float("nan"), float("inf")))
+        + scalar_rows(
+            function, "z_loss_weight", "must be finite and at least 0", (-1e-4, float("nan"), float("inf"), 1e39)
+        )
         + rows_of(
             function,
             "logit_softcap",
@@ -482,7 +484,10 @@ def divergence_rows(function):
     """Of any of the four."""
     rows = position_rows(function) + reduction_rows(function)
     return rows + scalar_rows(
-        function, "temperature", "must be finite and positive", (0, -1.0, float("nan"), float("inf"))
+        function,
+        "temperature",
+        "must be finite and positive",
+        (0, -1.0, float("nan"), float("inf"), 1e-46, 1e-38, 1e39),
     )
 
 

@@ -33,7 +33,7 @@ def linear_divergence(beta):
 # --- exactness --------------------------------------------------------------------------------------------------------
 
 
-@mpmath.workdps(60)
+@mpmath.workdps(100)
 def defined(x_p, x_q, temperature, beta):
     """(the divergence, its gradients by both logits), of one row, by the definition; a logit of -inf is no class."""
 
@@ -123,6 +123,82 @@ def test_equal_rows(beta):
         assert value.dtype == jnp.float32
         assert not any(map(np.any, grads))
         assert [g.dtype for g in grads] == [dtype] * 2
+
+
+FAR_ROWS = (  # in units of the largest number
+    [-1] * 4,
+    [-1, -np.inf, -1, -0.5],
+    [0, 0, 0, -1],
+    [0.3, 0.3, -0.3, -0.3],
+    [-0.3, -0.6, 0.3, -0.3],
+    [1] * 4,
+)
+
+
+@pytest.mark.parametrize("beta", [None, 0.5, 1e-10])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_logits_as_large_as_there_are(dtype, beta):
+    """Finite logits give no NaN: every pair of rows, a row of the least number among them."""
+    rows = float(jnp.finfo(dtype).max) * np.array(FAR_ROWS) + np.array([[0, 1, 2, 0]])
+    pairs = zip(*itertools.product(rows, repeat=2), strict=True)
+    x_p, x_q = (np.asarray(jnp.array(np.array(side), dtype)) for side in pairs)
+    value, pull = optimized(lambda *x: jax.vjp(partial(logits_divergence(beta), reduction="none"), *x))(x_p, x_q)
+    grads = pull(jnp.ones_like(value))
+    finite = np.isfinite(x_p).all(1) & np.isfinite(x_q).all(1)
+    layers = [
+        a for x in (x_p, x_q) for a in (jnp.eye(finite.sum(), dtype=dtype), x[finite])
+    ]  # the logits are the kernels
+    of_layers = optimized(partial(linear_divergence(beta), reduction="none", block_size=16))(*layers)
+    np.testing.assert_allclose(of_layers, value[finite], rtol=5e-6)
+    for i in range(len(x_p)):
+        wanted, *wanted_grads = (np.array(a, float) for a in defined(x_p[i], x_q[i], 1.0, beta))
+        if wanted < np.inf or i < 6:  # a P that underflows has nothing where Q alone masks a class
+            np.testing.assert_allclose(value[i], wanted, rtol=5e-6, atol=1e-60)
+        for grad, want in zip(grads, wanted_grads, strict=True):
+            error = np.abs(grad[i].astype(float) - want)
+            if np.isfinite(want).all():  # of an infinite KL the gradient by P is that of the smallest q
+                assert np.max(error) <= (5e-6 if dtype == jnp.float32 else 4e-3) * np.abs(want).max() + 1e-37
+            assert not np.isnan(error[np.isfinite(want)]).any()
+
+
+@pytest.mark.parametrize("beta", [1e-3, 1e-6, 1e-10, 1e-15, 1e-17, 1e-30, 1 - 1e-3, 1 - 1e-10])
+def test_small_shares_against_50_digits(beta):
+    """The rows of P are those of Q with noise, or lie up to 60 apart. Either side may have the larger probability."""
+    rng = np.random.default_rng(6)
+    x_p = (3 * rng.normal(size=(12, 9))).astype(np.float32)
+    noise = np.array([20, 8, 1, 1e-2] * 3)[:, None]
+    x_q = (x_p + noise * rng.normal(size=x_p.shape)).astype(np.float32)
+    function = partial(jxent.js_divergence, beta=beta, reduction="none")
+    value, pull = optimized(lambda *x: jax.vjp(function, *x))(x_p, x_q)
+    to_p, to_q = pull(jnp.ones_like(value))
+    for i in range(len(x_p)):
+        wanted = [np.array(a, float) for a in defined(x_p[i], x_q[i], 1.0, beta)]
+        for found, want in zip((value[i], to_p[i], to_q[i]), wanted, strict=True):
+            assert np.abs(np.asarray(found, float) - want).max() < 5e-6 * np.abs(want).max() + 1e-37
+
+
+@pytest.mark.parametrize("beta", [None, 0.3])
+def test_the_temperature_of_masked_classes(beta):
+    """z is infinite there, and its product with a gradient of 0 is 0, in each mode and at any temperature."""
+    p, q = np.float32([1, -np.inf, 3, 0.5]), np.float32([0, -np.inf, -3, 2])
+
+    def f(temperature, p, q):
+        return logits_divergence(beta)(p, q, temperature=temperature)
+
+    @jax.vmap
+    def derivatives(temperature, p, q):
+        at = temperature, p, q
+        return (
+            jax.value_and_grad(f)(*at),
+            jax.jvp(f, at, (jnp.ones(()), *map(jnp.zeros_like, at[1:]))),
+            jax.grad(jax.grad(f))(*at),
+        )
+
+    temperatures = jnp.float32([0.01, 0.2, 1.0, 2e37])
+    shared = [jnp.tile(x, (4, 1)) for x in (p, q)]
+    found = derivatives(temperatures, *shared)
+    wanted = derivatives(temperatures, *(x[:, [0, 2, 3]] for x in shared))
+    chex.assert_trees_all_close(found, wanted, rtol=1e-5)
 
 
 # --- against plain formulas -------------------------------------------------------------------------------------------

@@ -63,7 +63,8 @@ class CostInputs(NamedTuple):
     @property
     def dtype(self):
         """To compute in."""
-        return compute_dtype(self.logits.dtype, *([] if by_index(self.labels) else [self.labels.dtype]))
+        others = () if by_index(self.labels) else (self.labels, self.temperature)
+        return compute_dtype(self.logits.dtype, *(a.dtype for a in others if a is not None))
 
 
 class Scalars(NamedTuple):

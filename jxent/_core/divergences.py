@@ -58,7 +58,7 @@ class Rows(NamedTuple):
 
     logits_p: Array
     known: Known
-    top_distance: tuple[Array, Array]  # top_q - top_p, and what rounding takes off it
+    top_distance: tuple[Array, Array]  # a quarter of top_q - top_p, and what rounding takes off it
     temperature: Array | None  # None for 1
     distance: Array | None = None  # d, if it is kept
 
@@ -75,32 +75,57 @@ class Pair:
         """z / temperature."""
         return z if self.rows.temperature is None else z / self.rows.temperature
 
-    def _logit(self, logits: Array) -> Array:
-        """The logit in the dtype to compute in, and a number far below all others where it is -inf."""
-        return jnp.maximum(logits.astype(self.unit.dtype), -terms.most(self.unit) / 16)
+    def _z(self, logits: Array, top: Array) -> Array:
+        """(x - m) / temperature, and the least finite number where that is -inf, as it is for a masked class."""
+        z = logits.astype(self.unit.dtype) - top
+        return terms.bounded_ratio(z, self.rows.temperature, terms.most(self.unit), self.unit, above=False)
 
     @cached_property
     def z_p(self) -> Array:
-        return self.cooled(self._logit(self.rows.logits_p) - self.rows.known.top_p)
+        return self._z(self.rows.logits_p, self.rows.known.top_p)
 
     @cached_property
     def z_q(self) -> Array:
-        return self.cooled(self._logit(self.logits_q) - self.rows.known.top_q)
+        return self._z(self.logits_q, self.rows.known.top_q)
+
+    @property
+    def held_p(self) -> Array:
+        """z_p, but 0 for a masked class: derivatives of a product with its gradient, which is 0, stay finite."""
+        return self.z_p * terms.present(self.rows.logits_p, self.unit)
+
+    @property
+    def held_q(self) -> Array:
+        return self.z_q * terms.present(self.logits_q, self.unit)
+
+    @cached_property
+    def quarter(self) -> Array:
+        """d / 4, bounded: no sum or difference of a few of these overflows, however large the logits are."""
+        p, q = (terms.quarter(logits, self.unit) for logits in (self.rows.logits_p, self.logits_q))
+        top, lost_by_top = self.rows.top_distance
+        d = ((q - p) - top) + (terms.lost_by_difference(q, p) - lost_by_top)
+        return terms.bounded_ratio(d, self.rows.temperature, terms.most(self.unit) / 4, self.unit)
 
     @cached_property
     def distance(self) -> Array:
         """d."""
-        if self.rows.distance is not None:
-            return self.rows.distance
-        p, q = self._logit(self.rows.logits_p), self._logit(self.logits_q)
-        top, lost_by_top = self.rows.top_distance
-        d = self.cooled(((q - p) - top) + (terms.lost_by_difference(q, p) - lost_by_top))
-        return jnp.maximum(d, -terms.most(self.unit) / 4)
+        return 4 * self.unit * self.quarter if self.rows.distance is None else self.rows.distance
 
     @cached_property
     def lost(self) -> Array:
         """1 where Q masks a class that P has, and 0 elsewhere."""
         return terms.present(self.rows.logits_p, self.unit) * (self.unit - terms.present(self.logits_q, self.unit))
+
+    @property
+    def impossible(self) -> Array:
+        """1 where z_q is -inf, because Q masks the class or has it that far below the others, and 0 elsewhere."""
+        z_q = self.cooled(self.logits_q.astype(self.unit.dtype) - self.rows.known.top_q)
+        return self.unit - terms.present(z_q, self.unit)
+
+    @cached_property
+    def mild_quarter(self) -> Array:
+        """d / 4, but for a lost class that of the logarithm of the smallest number."""
+        least = math.log(float(jnp.finfo(self.unit.dtype).tiny)) / 4 * self.unit
+        return self.quarter * (self.unit - self.lost) + least * self.lost
 
     @cached_property
     def mild_distance(self) -> Array:
@@ -181,19 +206,22 @@ class KullbackLeibler(Divergence):
 
     def _beyond(self, c: Pair):
         # Twice the largest number makes infinite what is not 0, and leaves 0 as it is.
-        largest = c.lost * terms.most(c.unit)
+        largest = c.impossible * terms.most(c.unit)
         return terms.excess_beyond(c.log_q, c.log_ratio, c.unit) + c.p * largest * largest
 
     def prepare(self, mean):
-        return (mean(lambda c: c.p, lambda c: c.top_of_p, self._relative),)
+        return (mean(lambda c: c.p, lambda c: c.top_of_p, lambda c: c.mild_quarter, self._relative),)
 
-    def _relative(self, c: Pair, distance):
-        """-u[j] less that of a class with this distance."""
-        return distance - c.mild_distance
+    def _relative(self, c: Pair, quarter):
+        """A quarter of -u[j] less that of a class with this d / 4.
+
+        Bounded where P is 0 beside Q, so that products with derivatives are finite.
+        """
+        return quarter - jnp.minimum(c.mild_quarter, math.sqrt(float(jnp.finfo(c.unit.dtype).max)) * c.unit)
 
     def to_p(self, c, rows):
-        ((distance, mean),) = rows
-        return c.p * (self._relative(c, distance) - mean)
+        ((quarter, mean),) = rows
+        return c.p * (self._relative(c, quarter) - mean) * (4 * c.unit)
 
     def to_q(self, c, rows):
         return terms.difference(c.log_p, c.log_q, c.log_ratio, c.unit)
@@ -227,16 +255,16 @@ class JensenShannon(Divergence):
     # The scores are -a = -log(beta + (1 - beta) exp(u)) and -b = -log(1 - beta + beta exp(-u)).
 
     def prepare(self, mean):
-        of_p = mean(lambda c: c.p, lambda c: c.top_of_p, self._relative_p)
-        return of_p, mean(lambda c: c.q, lambda c: c.top_of_q, self._relative_q)
+        of_p = mean(lambda c: c.p, lambda c: c.top_of_p, lambda c: c.mild_distance, self._relative_p)
+        return of_p, mean(lambda c: c.q, lambda c: c.top_of_q, lambda c: c.mild_distance, self._relative_q)
 
     def _relative_p(self, c: Pair, distance):
         u, u_of_top = (d - given(c.rows.known.log_z_ratio) for d in (c.mild_distance, distance))
-        return terms.log_mixed_step(u, u_of_top, distance - c.mild_distance, 1 - self.beta, c.unit)
+        return terms.log_mixed_step(u, u_of_top, distance - c.mild_distance, (1 - self.beta, self.beta), c.unit)
 
     def _relative_q(self, c: Pair, distance):
         u, u_of_top = (d - given(c.rows.known.log_z_ratio) for d in (c.mild_distance, distance))
-        return terms.log_mixed_step(-u, -u_of_top, c.mild_distance - distance, self.beta, c.unit)
+        return terms.log_mixed_step(-u, -u_of_top, c.mild_distance - distance, (self.beta, 1 - self.beta), c.unit)
 
     def to_p(self, c, rows):
         distance, mean = rows[0]
@@ -282,9 +310,10 @@ def backward(form, residuals, cotangent):
 
     def gradients(c, rows, prepared, cotangent):
         pair = Pair(c.arrays.logits, rows, c.unit)
-        to_p = pair.cooled(cotangent * form.divergence.to_p(pair, prepared))
-        to_q = pair.cooled(cotangent * form.divergence.to_q(pair, prepared))
-        return to_q, to_p, None if rows.temperature is None else -(to_p * pair.z_p + to_q * pair.z_q)
+        to_p, to_q = (cotangent * to(pair, prepared) for to in (form.divergence.to_p, form.divergence.to_q))
+        # The products before their quotient: it is 0 where the gradient is, whatever z is.
+        to_temperature = None if rows.temperature is None else -pair.cooled(to_p * pair.held_p + to_q * pair.held_q)
+        return pair.cooled(to_q), pair.cooled(to_p), to_temperature
 
     return passes.map(gradients, rows, prepared, cotangent)
 
@@ -298,12 +327,13 @@ def tangent(form, residuals, moving):
 
     def term(c, rows, prepared, dlogits_p, dlogits_q, dtemperature):
         pair = Pair(c.arrays.logits, rows, c.unit)
-        sides = (form.divergence.to_p, pair.z_p, dlogits_p), (form.divergence.to_q, pair.z_q, dlogits_q)
+        sides = (form.divergence.to_p, pair.held_p, dlogits_p), (form.divergence.to_q, pair.held_q, dlogits_q)
         parts = [0 * c.unit]
         for gradient, z, dlogits in sides:
-            moved = [] if dlogits is None else [dlogits.astype(c.unit.dtype)]
-            moved += [] if dtemperature is None else [-z * dtemperature]
-            parts += [gradient(pair, prepared) * pair.cooled(d) for d in moved]
+            if dlogits is not None:
+                parts.append(gradient(pair, prepared) * pair.cooled(dlogits.astype(c.unit.dtype)))
+            if dtemperature is not None:
+                parts.append(-pair.cooled(gradient(pair, prepared) * z * dtemperature))
         return sum(parts[1:], parts[0])
 
     dtemperature = None if moving.temperature is None else _as_row(moving.temperature, inputs)
@@ -321,7 +351,8 @@ def _as_row(number, inputs):
 
 def _rows(residuals):
     inputs, known = residuals
-    top_distance = known.top_q - known.top_p, terms.lost_by_difference(known.top_q, known.top_p)
+    top_p, top_q = known.top_p / 4, known.top_q / 4
+    top_distance = top_q - top_p, terms.lost_by_difference(top_q, top_p)
     temperature = None if inputs.temperature is None else _as_row(inputs.temperature, inputs)
     return Rows(inputs.labels, known, top_distance, temperature)
 
@@ -338,16 +369,20 @@ def _sum(passes, term, rows):
     return passes.sum(lambda c, rows: term(Pair(c.arrays.logits, rows, c.unit)), rows)
 
 
-def _relative_mean(passes, rows, weight, at_top, relative):
+def _relative_mean(passes, rows, weight, at_top, distance_of, relative):
     """(the distance at the largest logit, the mean of the scores relative to that there), row arrays.
 
-    The mean is one by the probabilities `weight`. Of several largest logits the distance is their mean.
+    The mean is one by the probabilities `weight`. Of several largest logits the distance is their mean, of which no sum
+    overflows.
     """
+
+    def share_of_top(c, rows, share):
+        pair = Pair(c.arrays.logits, rows, c.unit)
+        return at_top(pair) * share * distance_of(pair)
 
     def term(c, rows, distance):
         pair = Pair(c.arrays.logits, rows, c.unit)
         return weight(pair) * relative(pair, distance)
 
-    number = _sum(passes, at_top, rows)
-    distance = _sum(passes, lambda c: at_top(c) * c.mild_distance, rows) / number
+    distance = passes.sum(share_of_top, rows, 1 / _sum(passes, at_top, rows))
     return distance, passes.sum(term, rows, distance)

@@ -184,6 +184,32 @@ def lost_by_difference(a, b):
     return (a - (rounded - virtual)) - (b + virtual)
 
 
+def quarter(logits, unit):
+    """x / 4, and for -inf a number below that of any other: differences of these are finite."""
+    return jnp.maximum(logits.astype(unit.dtype) * (0.25 * unit), -most(unit) / 2)
+
+
+def bounded_ratio(a, b, bound, unit, above=True):
+    """a / b, but at least -bound, which is finite, and at most bound if it may be `above`; None for b is 1."""
+    if b is not None:
+        return _bounded_ratio(a, b, bound, unit, above)
+    return jnp.maximum(jnp.minimum(a, bound) if above else a, -bound)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(4,))
+def _bounded_ratio(a, b, bound, unit, above):
+    return bounded_ratio(a / b, None, bound, unit, above)
+
+
+# Beyond the bound, where a may be infinite, it has no slope. JAX would multiply the slope there, inf, by 0.
+@_bounded_ratio.defjvp
+def _bounded_ratio_jvp(above, primals, tangents):
+    (_, b, bound, unit), (da, db, _, _) = primals, tangents
+    ratio = _bounded_ratio(*primals, above)
+    inside = lax.stop_gradient(jnp.maximum(jnp.minimum((bound / 16 - jnp.abs(ratio)) * most(unit), unit), 0 * unit))
+    return ratio, (inside * da - inside * ratio * db) / b
+
+
 @jax.custom_jvp
 def difference(log_a, log_b, u, unit):
     """b - a. To differentiation u is log_b - log_a."""
@@ -226,11 +252,31 @@ def _bound(unit):
 def mixed(log_a, log_b, u, beta, unit):
     """(log m, log m - log a, log m - log b), for m = beta a + (1 - beta) b.
 
-    From the larger one it is log1p((1 - its share) expm1(-|u|)) to log m, and from the other |u| more.
+    From the larger one it is log1p((1 - its share) expm1(-|u|)) to log m, and from the other |u| more. Either cancels
+    where the larger one has a small share. `_beside_a_trace` does not.
     """
-    above, below = jnp.maximum(u, 0 * unit), jnp.minimum(u, 0 * unit)  # one of the two is 0
-    from_larger = jnp.log1p((1 - beta) * unit * jnp.expm1(below)) + jnp.log1p(beta * unit * jnp.expm1(-above))
-    return jnp.maximum(log_a, log_b) + from_larger, from_larger + above, from_larger - below
+    if beta < 1 / 16:
+        to_a, to_b = _beside_a_trace(-u, beta, unit)
+    elif beta > 15 / 16:
+        to_b, to_a = _beside_a_trace(u, 1 - beta, unit)
+    else:
+        above, below = jnp.maximum(u, 0 * unit), jnp.minimum(u, 0 * unit)  # one of the two is 0
+        from_larger = jnp.log1p((1 - beta) * unit * jnp.expm1(below)) + jnp.log1p(beta * unit * jnp.expm1(-above))
+        return jnp.maximum(log_a, log_b) + from_larger, from_larger + above, from_larger - below
+    return jnp.maximum(log_a, log_b) + jnp.minimum(to_a, to_b), to_a, to_b
+
+
+def _beside_a_trace(y, share, unit):
+    """(log m - log a, log m - log b), for m = share a + (1 - share) b with a small share, and y = log a - log b.
+
+    The second is log1p(share expm1(y)), in which nothing cancels. The first is y less. Once share a is all of m, it no
+    longer changes.
+    """
+    kind = jnp.finfo(unit.dtype)
+    alone = min(2 - math.log(share) - math.log(kind.eps), math.log(float(kind.max)) - 0.5) * unit
+    near = jnp.minimum(y, alone)
+    to_b = jnp.log1p(share * unit * jnp.expm1(near))
+    return to_b - near, to_b + jnp.maximum(y - alone, 0 * unit)
 
 
 @mixed.defjvp
@@ -243,14 +289,16 @@ def _mixed_jvp(beta, primals, tangents):
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(3,))
-def log_mixed_step(y, after, step, share, unit):
+def log_mixed_step(y, after, step, shares, unit):
     """L(after) - L(y), with L(y) = log(1 - share + share exp(y)), where `step` is after - y, but exact.
+
+    `shares` are (share, 1 - share), neither of them rounded from the other.
 
     For the larger of the two arguments let p = share exp(y) / exp(L(y)), and w = |step|. Then it is -+log(1 - p + p
     exp(-w)), by the sign of the step. Where that is small, log1p(p expm1(-w)) is the same logarithm without the 1.
     """
     w = jnp.abs(step)
-    p, rest = _shares(jnp.maximum(y, after), share, unit)
+    p, rest = _shares(jnp.maximum(y, after), shares, unit)
     tiny = float(jnp.finfo(unit.dtype).tiny) * unit
     of_small = jnp.log1p(jnp.maximum(p * jnp.expm1(-w), -unit / 2))
     of_large = jnp.log(jnp.maximum(jnp.minimum(2 * unit * (rest + p * jnp.exp(-w)), unit), tiny))
@@ -258,15 +306,16 @@ def log_mixed_step(y, after, step, share, unit):
 
 
 @log_mixed_step.defjvp
-def _log_mixed_step_jvp(share, primals, tangents):
+def _log_mixed_step_jvp(shares, primals, tangents):
     (y, after, step, unit), (dy, dafter, _, _) = primals, tangents
-    at_y, at_after = (_shares(at, share, unit)[0] for at in (y, after))
-    return log_mixed_step(y, after, step, share, unit), at_after * dafter - at_y * dy
+    at_y, at_after = (_shares(at, shares, unit)[0] for at in (y, after))
+    return log_mixed_step(y, after, step, shares, unit), at_after * dafter - at_y * dy
 
 
-def _shares(y, share, unit):
+def _shares(y, shares, unit):
     """(share exp(y), 1 - share), each divided by their sum."""
-    odds = share / (1 - share) * unit
+    kind, (share, rest) = jnp.finfo(unit.dtype), shares
+    odds = min(max(share / rest, float(kind.tiny)), float(kind.max)) * unit
     return unit / (unit + jnp.exp(-y) / odds), unit / (unit + jnp.exp(y) * odds)
 
 

@@ -312,15 +312,16 @@ def flag(function, name, value) -> bool:
 def scalar(function, name, value, low, high, positive=False):
     """A Python number in [low, high] (static), or a floating-point scalar array (traced, its value unchecked).
 
-    `positive` leaves out 0.
+    It must be a number in float32 too, and if it is to be `positive`, as a divisor, so must its inverse.
     """
     if isinstance(value, np.ndarray) and value.shape == ():
         value = value.item()
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
         value = float(value)
-        if not low <= value <= high or math.isinf(value) or (positive and value == 0):
-            wanted = f"in [{low}, {high}]" if high < math.inf else f"finite and at least {low}"
-            wanted = "finite and positive" if positive else wanted
+        tiny, most = (float(n) for n in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
+        if not low <= value <= min(high, most) or (positive and not tiny <= value <= 1 / tiny):
+            wanted = f"in [{low}, {high}]" if high < math.inf else f"finite and at least {low}, in float32"
+            wanted = "finite and positive in float32, and so must its inverse" if positive else wanted
             raise ValueError(f"{function}: {name} must be {wanted}, got {value}")
         return value
     if not isinstance(value, jax.Array | np.ndarray):
@@ -396,8 +397,8 @@ def softcap(function, value):
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{function}: logit_softcap must be None or a Python number, got {shown(value)}")
     value = float(value)
-    float32 = np.finfo(np.float32)
-    if not float32.tiny <= value <= float32.max:
+    tiny, most = (float(n) for n in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
+    if not tiny <= value <= most:
         raise ValueError(
             f"{function}: logit_softcap must be positive and finite in float32, got {value}; None switches it off"
         )
