@@ -41,9 +41,9 @@ def kl_divergence(
       logits_q: those of Q, of the same shape. A class that both sides mask with -inf counts for nothing. One that Q
         alone masks makes the divergence infinite; its gradient is then finite, as for the smallest q there is.
       axis: the class axis.
-      temperature: divides both logits first; no factor of its square is added. A Python number is
-        static, and must be positive and finite in float32, as must its inverse. A floating-point scalar array is traced,
-        and its value is not checked.
+      temperature: divides both logits first; no factor of its square is added. A Python number is static.
+        It must be positive and finite in float32, and so must its inverse. A floating-point scalar array is traced, and
+        its value is not checked.
       sample_weight: multiplies each position's divergence and its share of the mean's denominator; broadcasts to the
         shape of the positions, which is that of the logits without their class axis.
       where: boolean, broadcasts to the shape of the positions; False leaves a position out, whatever it holds.

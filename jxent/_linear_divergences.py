@@ -59,9 +59,9 @@ def linear_kl_divergence(
       bias_q: likewise for Q.
       vocab_axis: the axis of both kernels that is the vocabulary, -1 or 0; or a pair, that of `kernel_p` and that of
         `kernel_q`.
-      temperature: divides both logits first; no factor of its square is added. A Python number is
-        static, and must be positive and finite in float32, as must its inverse. A floating-point scalar array is traced,
-        and its value is not checked.
+      temperature: divides both logits first; no factor of its square is added. A Python number is static.
+        It must be positive and finite in float32, and so must its inverse. A floating-point scalar array is traced, and
+        its value is not checked.
       sample_weight: multiplies each position's divergence and its share of the mean's denominator; broadcasts to the
         leading shape.
       where: boolean, broadcasts to the leading shape; False leaves a position out, whatever its hidden states hold. It

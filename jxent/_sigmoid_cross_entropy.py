@@ -8,6 +8,8 @@ where it is a yes, a = y and b = 1 - y (or with smoothing e: (1 - e) y + e / 2, 
     d loss / dy = (1 - e) (w s(-x) - s(x))            # s(-x) - s(x) = -x
     d loss / dw = a s(-x)
 
+in which 0 times infinity is 0. A label outside of [0, 1] is taken for NaN.
+
 `sigmoid` has the derivative sigmoid(x) sigmoid(-x), and not p (1 - p), in which 1 - p has no digits for a large x. So
 every further derivative is as exact. Memory: one array of the logits' size, for the losses, and one more for gradients
 beside them; all in at least float32.
@@ -23,6 +25,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jxent._core.forward_mode import moving_where, with_forward_mode
+from jxent._core.labels import is_no_share
 from jxent._core.passes import apart, barrier, compute_dtype
 from jxent._core.shards import Shards, cast_alike, sharded_like
 from jxent._core.terms import sigmoid, softplus
@@ -34,7 +37,7 @@ from jxent._loss.jitted import jitted
 from jxent._loss.names import known_names
 from jxent._loss.options import Weights, options_of, scalars_of
 from jxent._loss.positions import denominator, positions_of, reduced
-from jxent._loss.reports import report_values
+from jxent._loss.reports import report_shares, report_values
 
 
 @known_names
@@ -57,8 +60,10 @@ def sigmoid_cross_entropy(
     Args:
       logits: log-odds of any shape, float16, bfloat16, float32 or float64. Every element is a position.
       labels: the probability of a yes, of the shape of `logits`. Integers and booleans are taken as numbers: 1 and True
-        are a yes, 0 and False a no.
+        are a yes, 0 and False a no. A label outside of [0, 1], by more than rounding, makes its loss and its gradients
+        NaN, and `jax.experimental.checkify` names it.
       pos_weight: multiplies the loss of a yes; broadcasts to `logits`, as one number for each of their last axis does.
+        The product of 0 and infinity is 0, so that an infinite logit costs nothing with a weight of 0.
       sample_weight: multiplies each position's loss and its share of the mean's denominator; broadcasts to `logits`.
       where: boolean, broadcasts to `logits`; False leaves a position out, whatever it holds.
       label_smoothing: e in [0, 1]; labels become ``(1 - e) * labels + e / 2``. A Python number is static; a
@@ -99,7 +104,9 @@ def sigmoid_cross_entropy(
 
 def _loss(options, logits, labels, pos_weight, weights):
     positions = positions_of(options, weights, None, logits[..., None], logits.ndim, 1)
-    dtype, smoothing = compute_dtype(logits.dtype, labels.dtype), scalars_of(options, weights).label_smoothing
+    smoothing = scalars_of(options, weights).label_smoothing
+    arrays = (a for a in (logits, labels, pos_weight, smoothing) if isinstance(a, Array))
+    dtype = compute_dtype(*(array.dtype for array in arrays))
     smoothing = jnp.asarray(smoothing, dtype) if is_used(smoothing) else None
     numbers = labels if jnp.issubdtype(labels.dtype, jnp.floating) else labels.astype(dtype)
     if pos_weight is not None:
@@ -109,6 +116,7 @@ def _loss(options, logits, labels, pos_weight, weights):
     losses, _ = _losses(dtype, of_classes._replace(keep=keep))
     losses = weighted(positions.sample_weight, only(keep, losses))
     losses = report_values(options, keep, losses, logits=logits, labels=numbers)
+    losses = report_shares(options, keep, losses, numbers)
     return reduced(options, losses, denominator(options, positions, logits.shape, losses.dtype))
 
 
@@ -124,7 +132,7 @@ class _Inputs(NamedTuple):
 
 def _shares(dtype, inputs):
     """(x, w, a, b), as at the top of this file, in the dtype to compute in."""
-    x, y = inputs.logits.astype(dtype), inputs.labels.astype(dtype)
+    x, y = inputs.logits.astype(dtype), jnp.where(is_no_share(inputs.labels), jnp.nan, inputs.labels.astype(dtype))
     a, b = y, 1 - y
     if inputs.smoothing is not None:
         e = inputs.smoothing.astype(dtype)
@@ -140,7 +148,12 @@ def _paid(share, cost):
 
 
 def _times(weight, values):
-    return values if weight is None else weight * values
+    """weight * values, with 0 * inf = 0, whichever of the two is infinite; None for 1."""
+    if weight is None:
+        return values
+    nothing = ((weight == 0) & jnp.isinf(values)) | (jnp.isinf(weight) & (values == 0))
+    weight, values = (jnp.where(nothing, 0, factor) for factor in (weight, values))
+    return weight * values
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -161,7 +174,7 @@ def _fwd(dtype, inputs):
 def _slopes(dtype, inputs):
     """The derivatives of the loss by the inputs; None for an input that is not there, or has none."""
     x, w, a, b = _shares(dtype, inputs)
-    to_label = -x if w is None else _to_weighted_label(x, w)
+    to_label = jnp.where(jnp.isnan(a), jnp.nan, -x if w is None else _to_weighted_label(x, w))
     to_smoothing = None
     if inputs.smoothing is not None:
         to_smoothing = (0.5 - inputs.labels.astype(dtype)) * to_label
@@ -174,12 +187,13 @@ def _slopes(dtype, inputs):
 def _to_weighted_label(x, w):
     """w s(-x) - s(x), by which of the two is the larger, because s(-x) = s(x) - x."""
     below = x < 0
-    return (w - 1) * softplus(jnp.where(below, x, -x)) + jnp.where(below, _paid(w, jnp.maximum(-x, 0)), -x)
+    return _times(w - 1, softplus(jnp.where(below, x, -x))) + jnp.where(below, _times(w, jnp.maximum(-x, 0)), -x)
 
 
 def _bwd(dtype, inputs, cotangents):
     inputs, cotangents = barrier((inputs, cotangents))  # or XLA:CPU would store what the loss and its gradient share
-    grads = jax.tree.map(lambda slope: cotangents[0] * slope, _slopes(dtype, inputs))
+    slopes = _slopes(dtype, inputs)  # all but that by the logits may be infinite, where a sample weight may be 0
+    grads = jax.tree.map(partial(_times, cotangents[0]), slopes)._replace(logits=cotangents[0] * slopes.logits)
     if grads.smoothing is not None:
         grads = grads._replace(smoothing=jnp.sum(grads.smoothing))
     return (jax.tree.map(lambda grad, array: grad.astype(array.dtype), grads, inputs._replace(keep=None)),)

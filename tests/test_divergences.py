@@ -311,6 +311,22 @@ def test_float16_at_any_temperature(temperature):
         np.testing.assert_allclose(got.astype(np.float32), want, rtol=0, atol=2e-3 * np.abs(want).max())
 
 
+@pytest.mark.usefixtures("x64")
+def test_a_float64_temperature_makes_the_divergence_float64():
+    """As any float64 input does."""
+    (p, q), t = (x.astype(np.float32) for x in LOGITS), jnp.float64(1.3)
+    layers = [LAYERS[name].astype(np.float32) for name in ("hidden_p", "kernel_p", "hidden_q", "kernel_q")]
+    for beta in (None, 0.3):
+        f = logits_divergence(beta)
+        wide = f(*(x.astype(np.float64) for x in (p, q)), temperature=t)
+        value, to_t = jax.value_and_grad(lambda t, f=f: f(p, q, temperature=t))(t)
+        np.testing.assert_allclose(value, wide, rtol=1e-13)
+        assert value.dtype == to_t.dtype == jnp.float64
+        assert linear_divergence(beta)(*layers, vocab_axis=(-1, 0), temperature=t).dtype == jnp.float64
+    weighed = jxent.cross_entropy(p, jax.nn.softmax(q), class_weight=jnp.ones(7))
+    assert weighed.dtype == jnp.float64
+
+
 def test_other_layouts():
     """A class axis in front, one row alone, and weights that broadcast."""
     p, q = (x.astype(np.float32) for x in LOGITS)

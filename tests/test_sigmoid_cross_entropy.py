@@ -1,5 +1,6 @@
 """`sigmoid_cross_entropy`: 50 digits for every derivative, options against plain formulas, masks, memory, meshes."""
 
+import re
 from functools import partial
 
 import chex
@@ -203,3 +204,51 @@ def test_gradients_with_any_pos_weight():
         np.testing.assert_allclose(to_label, w * below - above, rtol=2e-6)
     np.testing.assert_allclose(to_weight, np.where(y == 0, 0, y * np.where(y == 0, 0, below)), rtol=2e-6)
     assert jax.grad(f, 1)(x[2:3], y[2:3], pos_weight=np.float32(0)) < 0  # -s(x), which is there yet
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_infinite_logits_with_any_pos_weight(smoothing):
+    """0 times infinity is 0, in the loss and in its gradients."""
+    x, y, w = (a.ravel() for a in np.meshgrid([-np.inf, -2, 0, 2, np.inf], [0, 0.5, 1], [0, 1, np.inf]))
+    f = partial(jxent.sigmoid_cross_entropy, label_smoothing=smoothing, reduction="none")
+    losses, pull = jax.vjp(lambda x, y, w: f(x, y, pos_weight=w), *map(jnp.float32, (x, y, w)))
+
+    def product(*factors):
+        return np.where(np.any([f == 0 for f in factors], 0), 0, np.prod(factors, 0))
+
+    with np.errstate(invalid="ignore"):
+        yes, no = (1 - smoothing) * y + smoothing / 2, (1 - smoothing) * (1 - y) + smoothing / 2
+        wanted = product(w, yes, np.logaddexp(0, -x)) + product(no, np.logaddexp(0, x))
+        to_x = product(no, np.exp(-np.logaddexp(0, -x))) - product(w, yes, np.exp(-np.logaddexp(0, x)))
+    np.testing.assert_allclose(losses, wanted, rtol=1e-6)
+    grads = pull(jnp.ones_like(losses))
+    np.testing.assert_allclose(grads[0], to_x, rtol=1e-5)
+    for grad in (*grads, *pull(jnp.zeros_like(losses))[1:]):  # the second as of a sample weight of 0
+        assert not np.isnan(grad).any()
+
+
+def test_labels_outside_of_0_and_1():
+    """NaN in the element's loss and gradients alone, named by checkify, and nothing where it does not count."""
+    x, y = np.float32([1, 2, 3, 4, 5]), np.float32([-1, 2.5, 1, 1.0001, -1e-4])
+    out, f = np.array([True, True, False, False, False]), partial(jxent.sigmoid_cross_entropy, reduction="none")
+    losses, pull = jax.vjp(lambda x, y, w: f(x, y, pos_weight=w), x, y, np.ones_like(x))
+    for array in (losses, *pull(jnp.ones_like(losses))):
+        np.testing.assert_array_equal(np.isnan(array), out)
+    np.testing.assert_array_equal(np.isnan(f(x, np.array([-1, 2, 0, 1, 1]))), out)
+    value, grad = jax.value_and_grad(partial(jxent.sigmoid_cross_entropy, where=~out))(x, y)
+    np.testing.assert_allclose(value, np.mean(losses[~out]), rtol=1e-6)
+    np.testing.assert_array_equal(grad == 0, out)
+    for labels, where, said in (
+        (y, None, r"label -1.0 is outside of \[0, 1\], at \[0\]"),
+        (np.array([0, 1, 2, 0, 1]), None, r"label 2.0 is outside of \[0, 1\], at \[2\]"),
+        (y, ~out, None),
+    ):
+        call = checkify.checkify(partial(jxent.sigmoid_cross_entropy, where=where), errors=checkify.user_checks)
+        error = jax.jit(call)(x, labels)[0].get()
+        assert error is None if said is None else re.search("sigmoid_cross_entropy: " + said, error)
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_float64_pos_weight_makes_the_loss_float64():
+    x = jnp.ones(3, jnp.float32)
+    assert jxent.sigmoid_cross_entropy(x, x, pos_weight=jnp.ones(3)).dtype == jnp.float64

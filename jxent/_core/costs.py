@@ -63,7 +63,7 @@ class CostInputs(NamedTuple):
     @property
     def dtype(self):
         """To compute in."""
-        others = () if by_index(self.labels) else (self.labels, self.temperature)
+        others = self.class_weight, self.temperature, None if by_index(self.labels) else self.labels
         return compute_dtype(self.logits.dtype, *(a.dtype for a in others if a is not None))
 
 

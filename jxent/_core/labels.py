@@ -94,3 +94,14 @@ def pick(values, labels, axis):
     spec = [*jax.typeof(values).sharding.spec]
     spec[axis] = None
     return by_compiler(partial(jnp.take_along_axis, axis=axis, mode="clip"), PartitionSpec(*spec), values, labels)
+
+
+def rounding_of(dtype):
+    """By how much probabilities, or their sum, may miss what they should be."""
+    return max(1e-3, 4 * float(jnp.finfo(dtype).eps))
+
+
+def is_no_share(labels):
+    """Where a floating-point label is outside of [0, 1], by more than rounding."""
+    rounding = rounding_of(labels.dtype)
+    return (labels < -rounding) | (labels > 1 + rounding)

@@ -18,7 +18,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import PartitionSpec
 
-from jxent._core.labels import by_index, out_of_range
+from jxent._core.labels import by_index, is_no_share, out_of_range, rounding_of
 from jxent._core.shards import by_compiler, total
 
 try:  # JAX has no public place for the rules of checkify. Where a later one has none here, nothing is reported.
@@ -55,6 +55,11 @@ def report_values(options, keep, through, masked=(), **arrays):
         if array is not None:
             through = _reported(NotFinite(options.function, name, name in masked), through, array, keep)
     return through
+
+
+def report_shares(options, keep, through, labels):
+    """The losses, as of `report_values`. Reported are labels, shares of a yes, that are outside of [0, 1]."""
+    return _reported(NotShare(options.function), through, labels, keep)
 
 
 # --- what is looked for -----------------------------------------------------------------------------------------------
@@ -103,6 +108,17 @@ class Negative(NamedTuple):
         return _where_kept(labels < 0, keep), labels
 
 
+class NotShare(NamedTuple):
+    function: str
+
+    @property
+    def message(self):
+        return f"{self.function}: label {{value}} is outside of [0, 1], at {{index}}"
+
+    def look(self, labels, keep):
+        return _where_kept(is_no_share(labels), keep), labels
+
+
 class NotOne(NamedTuple):
     function: str
     axis: int
@@ -115,7 +131,7 @@ class NotOne(NamedTuple):
     def look(self, labels, keep):
         sums = jnp.sum(labels, self.axis, keepdims=True, dtype=jnp.float32)
         sums = total(sums, self.axis_name)
-        rounding = max(1e-3, 4 * float(jnp.finfo(labels.dtype).eps))
+        rounding = rounding_of(labels.dtype)
         bad = _where_kept(jnp.abs(sums - 1) > rounding, keep)
         return jnp.squeeze(bad, self.axis), jnp.squeeze(sums, self.axis)
 
