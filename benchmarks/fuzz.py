@@ -79,6 +79,9 @@ def random_loss(flag, one_of, dtype):
         differentiated=("loss",) if nll else one_of(("loss",), *of_stats),
         producer=None if linear else one_of(None, None, *calls.PRODUCERS),
         level=one_of(*LEVELS),
+        shared=one_of(
+            "", "", "hidden" if linear else "logits", "kernel", "bias", "class_weight", "sample_weight", "where"
+        ),
     )
 
 

@@ -52,6 +52,7 @@ class Config(NamedTuple):
     differentiated: tuple[str, ...] = ("loss",)  # what has a cotangent: the loss, statistics, or both
     producer: str | None = None  # what makes the logits within the program, which a compiler may do anew in each pass
     level: int | None = None  # of XLA's optimisations, None for its default
+    shared: str = ""  # an array that all cases have in common, so that `jax.vmap` does not map it
 
     @property
     def linear(self):
@@ -75,6 +76,10 @@ def draw(config, rng, cases):
     n, c = config.number, config.classes
     shape = (cases, n, c)
     wide = wide_of(config)
+
+    def in_common(name, array):
+        return np.repeat(array[:1], cases, 0) if name == config.shared else array
+
     values: dict[str, Any] = {}
     if config.linear:
         # Small multiples of a power of 2: their products and sums are exact, so the logits have no rounding.
@@ -84,12 +89,14 @@ def draw(config, rng, cases):
         if config.features == 1 and not config.bias:  # one product, which any compiler rounds alike, if it rounds it
             hidden, kernel = (array * rng.uniform(1, 2, array.shape) for array in (hidden, kernel))
         values["hidden"], values["kernel"] = hidden.astype(config.dtype), kernel.astype(config.dtype)
+        values = {name: in_common(name, array) for name, array in values.items()}
         if config.bias:
             values["bias"] = (rng.integers(-8, 9, (cases, c)) * unit[:, 0]).astype(config.dtype)
     else:
         values["logits"] = scores(config, rng, shape)
         if config.producer:
             values["logits"], values["right"] = operands(config, rng, values["logits"])
+        values = {name: in_common("logits", array) for name, array in values.items()}
     labels, masked = rng.integers(0, c, (cases, n)), np.zeros(shape, bool)
     if not config.linear:  # of some, a class that is not masked; half the time the largest
         x = produced(config, values["logits"], values.get("right")).astype(np.float64)
@@ -117,7 +124,11 @@ def draw(config, rng, cases):
     for name in config.differentiated:  # of statistics, in some cases only of some
         some = 1 if name == "loss" else rng.random((cases, 1)) < 0.8
         values[f"{name} cotangent"] = (rng.uniform(-2, 2, (cases, n)) * some).astype(wide)
+    for name in ("bias", "class_weight", "sample_weight", "where"):
+        if name in values:
+            values[name] = in_common(name, values[name])
     of_positions = ("logits", "hidden", "labels") if config.probabilities else ("logits", "hidden")
+    of_positions = [name for name in of_positions if name != config.shared]
     return values | anything_elsewhere(rng, counts(config, values), values, of_positions)
 
 
@@ -157,9 +168,12 @@ def scores(config, rng, shape):
         kind = rng.integers(0, 24, row)
         x = np.where(kind == 0, np.round(x), x)  # ties
         x = np.where(kind == 1, rng.choice([0.0, -0.0, 0.1, -0.1, 1e-6], each) * tiny(config), x)
-        limit = 6e4 if config.dtype == "float16" else 1e36
+        # The rounding of a huge logit is a huge number, and a compiler may or may not do it within a program.
+        made = getattr(config, "producer", None)
+        limit = 6e4 if config.dtype == "float16" else 1e5 if made else 1e36
         x = np.where(kind == 2, rng.choice([limit, -limit, limit / 4, 1.0, 0.0], each), x)
-        least = float(jnp.finfo(config.dtype).min) / 4  # with which others mask classes; a sum of costs is to be finite
+        # With such numbers others mask classes. A sum of costs is to be finite.
+        least = -limit if made else float(jnp.finfo(config.dtype).min) / 4
         x = np.where(kind == 3, least, x)
         x = np.where((kind == 4) & (rng.random(each) < 0.5), least / 256, x)
         x = np.where((kind >= 20) & (rng.random(each) < 0.3), -np.inf, x)
@@ -298,7 +312,14 @@ one = jax.jit(call, static_argnums=0)
 def batched(call, config):
     """The program of a config."""
     options = {} if config.level is None else {"xla_backend_optimization_level": config.level}
-    return jax.jit(jax.vmap(partial(call, config)), compiler_options=options)
+    shared = getattr(config, "shared", "")
+
+    def of_all(values):
+        mapped = {name: array for name, array in values.items() if name != shared}
+        common = {name: array[0] for name, array in values.items() if name == shared}
+        return jax.vmap(lambda mapped: call(config, mapped | common))(mapped)
+
+    return jax.jit(of_all, compiler_options=options)
 
 
 def run(config, values, call=call):
