@@ -232,3 +232,24 @@ def test_what_does_not_move_has_no_matmul(reduction):
 
     programs = [optimized(f).lower(hidden, kernel, hidden, kernel).compile().as_text() for f in (of_hidden, of_both)]
     assert [program.count(" dot(") for program in programs] == [3, 4]
+
+
+def test_next_kinds_of_rules():
+    """Flags of JAX's newest release (`upgrade` in its `config.py`), of which each announces the next default."""
+    hidden, kernel, labels = jnp.ones((8, 4)), jnp.ones((4, 6)), jnp.arange(8) % 6
+
+    def loss(hidden, kernel):
+        return jxent.linear_cross_entropy(hidden, kernel, labels, block_size=4)
+
+    def derivatives():
+        at = hidden, kernel
+        return jax.grad(loss)(*at), jax.jvp(loss, at, at), jax.jit(lambda *at: jax.jvp(jax.grad(loss), at, at))(*at)
+
+    want = derivatives()
+    for flag in ("jax_custom_jvp3", "jax_custom_vjp3", "jax_remat3"):
+        if jax.__version_info__ >= (0, 12):  # before, `custom_partitioning` of JAX itself did not take them
+            jax.config.update(flag, True)
+            try:
+                jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6, err_msg=flag), derivatives(), want)
+            finally:
+                jax.config.update(flag, False)

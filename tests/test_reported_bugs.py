@@ -420,7 +420,7 @@ def test_small_matmuls_do_not_end_the_process(mapped, sizes, compiled):
 
 def oracle_gradients(hidden, kernel, labels):
     """Those of the sum of the losses, in float64."""
-    hidden, kernel = np.float64(hidden), np.float64(kernel)
+    hidden, kernel = np.asarray(hidden, np.float64), np.asarray(kernel, np.float64)
     exp = np.exp(hidden @ kernel.T)
     dlogits = exp / exp.sum(-1, keepdims=True) - np.eye(len(kernel))[np.asarray(labels)]
     return dlogits @ kernel, dlogits.T @ hidden
