@@ -1248,6 +1248,18 @@ def test_names_of_the_mesh_inside_shard_map():
         f(HIDDEN, KERNEL, LABELS)
 
 
+@pytest.mark.filterwarnings("ignore:.with mesh:DeprecationWarning")
+@pytest.mark.parametrize("how", ["numpy", "in_shardings"])
+def test_the_older_context_is_named(how):
+    """JAX shows its mesh to no function; arrays that are on the mesh show it themselves (`test_the_mesh_in_use`)."""
+    mesh = mesh_of("Auto", data=4, vocab=2)
+    f = partial(jxent.linear_cross_entropy, batch_axis_name="data", axis_name="vocab")
+    if how == "in_shardings":
+        f = jax.jit(f, in_shardings=[NamedSharding(mesh, spec) for spec in (P("data"), P(), P("data"))])
+    with mesh, pytest.raises(ValueError, match=r"\"with mesh:\", whose axes are \('data', 'vocab'\).*jax.set_mesh"):
+        f(HIDDEN, KERNEL, LABELS)
+
+
 def test_named_axes_of_examples():
     """`vmap` over examples, each of whose positions and classes are sharded; a mask that is broadcast is not."""
     mesh = mesh_of("Auto", data=4, vocab=2)

@@ -125,13 +125,28 @@ def _is_bound(axis) -> bool:
     return True
 
 
+def _axes_of_older_mesh():
+    """The axes of the mesh of ``with mesh:``, which JAX shows to constraints alone; none where there is none."""
+    try:
+        program = jax.make_jaxpr(lambda x: jax.lax.with_sharding_constraint(x, PartitionSpec()))(0.0)
+    except RuntimeError:  # JAX's, for lack of a mesh
+        return ()
+    return program.eqns[0].params["sharding"].mesh.axis_names
+
+
 def _check_names(function, name, value, entries, argument, mesh):
     """The mesh in use must have these axes, and their sizes must divide the lengths of the argument's axes."""
     if mesh.empty:
+        older = _axes_of_older_mesh()
         raise ValueError(
-            f"{function}: {name}={value!r} names no axis in scope, and no mesh is in use: call within "
-            "jax.set_mesh(mesh), which replaces the older `with mesh:`, or inside jax.shard_map, or leave it out on "
-            "one device"
+            f"{function}: {name}={value!r} names no axis in scope, and "
+            + (
+                f'the mesh of "with mesh:", whose axes are {older}, is not seen by arrays that are not on it: write '
+                '"with jax.set_mesh(mesh):" instead, or call inside jax.shard_map'
+                if older
+                else "no mesh is in use: call within jax.set_mesh(mesh), or inside jax.shard_map, or leave it out on "
+                "one device"
+            )
         )
     unknown = [axis for axis in sum(entries, ()) if axis not in mesh.axis_names]
     if unknown:
