@@ -13,7 +13,7 @@ from jax import Array
 from jxent._core.costs import STATISTIC_NAMES
 from jxent._core.forward_mode import with_forward_mode
 from jxent._core.passes import compute_dtype
-from jxent._core.shards import shared_cotangent
+from jxent._core.shards import scaled, shared_cotangent
 from jxent._core.weights import weigh
 from jxent._mesh.auto import depends_on_devices
 from jxent._mesh.sharded import sharded
@@ -39,7 +39,7 @@ def _gradients(differentiated, grads, factor=None):
     out = dict.fromkeys(Inputs._fields)
     for name in _names(differentiated):
         like, grad = getattr(differentiated, name), grads[name]
-        grad = grad if factor is None else grad.astype(compute_dtype(like.dtype)) * factor
+        grad = grad if factor is None else scaled(grad.astype(compute_dtype(like.dtype)), factor)
         out[name] = grad.astype(like.dtype)
     return Inputs(**out)
 

@@ -16,7 +16,7 @@ from jax.lax import ScatterDimensionNumbers, scatter_add
 from jax.sharding import PartitionSpec
 from jaxtyping import Float, Int
 
-from jxent._core.shards import by_compiler, total
+from jxent._core.shards import by_compiler, partitions, total
 
 
 def by_index(labels) -> bool:
@@ -91,7 +91,7 @@ class Entries(NamedTuple):
 
 def pick(values, labels, axis):
     """The values at a row array of class indices that are in range."""
-    spec = [*jax.typeof(values).sharding.spec]
+    spec = [*partitions(values)]
     spec[axis] = None
     return by_compiler(partial(jnp.take_along_axis, axis=axis, mode="clip"), PartitionSpec(*spec), values, labels)
 

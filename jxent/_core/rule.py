@@ -15,7 +15,7 @@ from jxent._core.labels import at_label, by_index, clipped, out_of_range
 from jxent._core.normalizer import normalizer
 from jxent._core.passes import Arrays, Moving, Passes, given, on_cpu
 from jxent._core.prediction import largest_class
-from jxent._core.shards import each_shards_own, local_index, sharded_like, shared_cotangent
+from jxent._core.shards import each_shards_own, gradient_like, local_index, shared_cotangent
 from jxent._core.weights import along, only
 
 
@@ -252,7 +252,7 @@ def like_inputs(grads, inputs):
     """The gradients in the dtype and the sharding of the inputs."""
 
     def like(grad, array):
-        return None if grad is None else sharded_like(grad.astype(array.dtype), array)
+        return None if grad is None else gradient_like(grad.astype(array.dtype), array)
 
     return CostInputs._make(map(like, grads, inputs))
 

@@ -110,8 +110,17 @@ def cast(array, axes):
 
     A custom gradient must vary as its argument does; the transpose of this cast sums the gradient over the axes.
     """
-    missing = tuple(frozenset(axes) - varying(array))
-    return lax.pcast(array, missing, to="varying") if missing else array
+    missing = frozenset(axes) - varying(array)
+    for of_one_kind in _of_one_kind(array, missing) if missing else ():
+        array = lax.pcast(array, of_one_kind, to="varying")
+    return array
+
+
+def _of_one_kind(array, axes):
+    """Axes along which an array does not vary, in tuples that `lax.pcast` takes: those over which it is `reduced`."""
+    kind = None if array is None else getattr(jax.typeof(array), "manual_axis_type", None)
+    reduced = axes & getattr(kind, "reduced", frozenset())
+    return [tuple(some) for some in (reduced, axes - reduced) if some]
 
 
 def cast_alike(shards, labels, of_classes, of_positions) -> tuple[typing.Any, typing.Any, typing.Any]:
@@ -135,9 +144,34 @@ def sharded_like(array: Maybe, other: Array, axes: list[int] | None = None) -> M
     """
     if array is None or AxisType.Explicit not in jax.typeof(other).sharding.mesh.axis_types:
         return array
-    sharding = jax.typeof(other).sharding
-    spec = sharding.spec if axes is None else PartitionSpec(*(sharding.spec[a] for a in axes))
-    return jax.sharding.reshard(array, NamedSharding(sharding.mesh, spec))
+    entries = partitions(other)
+    spec = PartitionSpec(*(entries if axes is None else (entries[a] for a in axes)))
+    return jax.sharding.reshard(array, NamedSharding(jax.typeof(other).sharding.mesh, spec))
+
+
+def partitions(array):
+    """The mesh axes of each axis of an array, as its type says: a name, a tuple of names, or None."""
+    spec = jax.typeof(array).sharding.spec
+    return spec.partitions if reduced_axes(array) else tuple(spec)
+
+
+def reduced_axes(array):
+    """The `Explicit` mesh axes over which the type of an array says that its gradient is not to be summed."""
+    return getattr(jax.typeof(array).sharding.spec, "reduced", frozenset())
+
+
+def not_reduced(array: Maybe) -> Maybe:
+    """`array` as one whose gradient is summed: any operation takes it, and the gradient is for the caller to see to."""
+    return sharded_like(array, array) if array is not None and reduced_axes(array) else array
+
+
+def gradient_like(gradient: Maybe, array: Array) -> Maybe:
+    """The gradient of `array` sharded as that is, and not summed over its `reduced_axes`; None for None."""
+    if gradient is None or not (unsummed := reduced_axes(array)):
+        return sharded_like(gradient, array)
+    sharding = jax.typeof(array).sharding
+    spec = sharding.spec.update(reduced=frozenset(), unreduced=unsummed)
+    return jax.sharding.reshard(gradient, NamedSharding(sharding.mesh, spec))
 
 
 def sharded_as_positions(array, other, axis):
@@ -149,9 +183,35 @@ def sharded_but(array: Maybe, other: Array, axis: int) -> Maybe:
     """`sharded_like` for an array that has another length along one axis, which is not sharded."""
     if array is None or AxisType.Explicit not in jax.typeof(other).sharding.mesh.axis_types:
         return array
-    sharding = jax.typeof(other).sharding
-    spec = PartitionSpec(*(None if a == axis else entry for a, entry in enumerate(sharding.spec)))
-    return jax.sharding.reshard(array, NamedSharding(sharding.mesh, spec))
+    spec = PartitionSpec(*(None if a == axis else entry for a, entry in enumerate(partitions(other))))
+    return jax.sharding.reshard(array, NamedSharding(jax.typeof(other).sharding.mesh, spec))
+
+
+def at_positions(values: Array, index: Array) -> Array:
+    """``values[index]`` of an array of one axis; the gradient of `values` is not summed over its `reduced_axes`."""
+    spec, sharding = jax.typeof(index).sharding.spec, jax.typeof(values).sharding
+    unsummed = reduced_axes(values)
+    used = frozenset(a for entry in partitions(index) for a in (entry if isinstance(entry, tuple) else (entry,)))
+    if not unsummed or not unsummed <= used:
+        return by_compiler(lambda values, index: values[index], spec, not_reduced(values), index)
+
+    def on_each_device(values, index):
+        values = cast(values, varying(index))
+        return values[index]
+
+    of_values = PartitionSpec(None, reduced=unsummed)
+    mesh, axes = sharding.mesh, frozenset(sharding.mesh.explicit_axes)
+    values = jax.sharding.reshard(values, NamedSharding(mesh, of_values))
+    in_specs = of_values, spec
+    return jax.shard_map(on_each_device, mesh=mesh, in_specs=in_specs, out_specs=spec, axis_names=axes)(values, index)
+
+
+def scaled(array: Array, factor: Array) -> Array:
+    """``array * factor``, a scalar factor, of an array that is not summed yet over some `Explicit` mesh axes too."""
+    sharding = jax.typeof(array).sharding
+    if unsummed := getattr(sharding.spec, "unreduced", frozenset()):
+        factor = jax.sharding.reshard(factor, NamedSharding(sharding.mesh, PartitionSpec(reduced=unsummed)))
+    return array * factor
 
 
 def by_compiler(function: Callable[..., T], spec, *arrays) -> T:

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jxent._core.costs import STATISTIC_NAMES, CostInputs, weighs_classes
 from jxent._core.labels import SparseLabels, by_index, pick
 from jxent._core.prediction import largest_class
-from jxent._core.shards import cast_alike, sharded_but, sharded_like
+from jxent._core.shards import cast_alike, not_reduced, sharded_but, sharded_like
 from jxent._core.weights import only, weigh
 from jxent._loss.placement import CLASSES, placed
 from jxent._loss.positions import coefficients_of, denominator, number, positions_of, reduced
@@ -108,7 +108,7 @@ def _cost_inputs(options, weights, logits, positions):
         labels = report_values(options, keep, labels, masked=("logits_p",), logits_p=labels)
     labels = report_values(options, keep, labels, masked=(options.argument,), **{options.argument: logits})
     labels, (logits, class_weight, temperature), (keep, indices) = cast_alike(
-        options.form.shards, labels, (logits, class_weight, weights.temperature), (keep, indices)
+        options.form.shards, labels, (logits, class_weight, not_reduced(weights.temperature)), (keep, indices)
     )
     return CostInputs(logits, labels, class_weight, keep, positions.first, temperature, indices)
 

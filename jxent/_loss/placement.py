@@ -11,6 +11,7 @@ import jax
 from jax import Array
 from jax.sharding import AbstractMesh, PartitionSpec
 
+from jxent._core.shards import partitions, reduced_axes
 from jxent._loss.jitted import jitted
 
 CLASSES = "classes"
@@ -36,13 +37,14 @@ class Placement(NamedTuple):
         if array is None:
             return None
         names = {CLASSES: self.classes, **dict(enumerate(self.positions))}
-        before = [*jax.typeof(array).sharding.spec]
+        before = partitions(array)
         entries = []
         for axis, dimension in enumerate(dimensions[len(dimensions) - array.ndim :]):
             entry = before[axis] if isinstance(before[axis], tuple) else (before[axis],)
             others = tuple(name for name in entry if name is not None and name not in self.axes)
             entries.append((*others, *(names.get(dimension, ()) if array.shape[axis] > 1 else ())) or None)
-        return PartitionSpec(*entries)
+        spec = PartitionSpec(*entries)
+        return spec.update(reduced=unsummed) if (unsummed := reduced_axes(array)) else spec
 
 
 def placed(name: str, placement: Placement | None, function: Callable, static: tuple, arrays: tuple, dimensions) -> Any:

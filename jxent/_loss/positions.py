@@ -6,14 +6,13 @@ Plain JAX, so that weights, masks and denominators have their true gradients wit
 from functools import partial
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
 from jxent._core import costs
 from jxent._core.labels import by_index, parts
 from jxent._core.passes import compute_dtype
-from jxent._core.shards import by_compiler, first_class, local_index, sharded_as_positions, total
+from jxent._core.shards import at_positions, first_class, local_index, sharded_as_positions, total
 from jxent._core.weights import only, product_of
 from jxent._loss.options import scalars_of
 
@@ -71,7 +70,7 @@ def _label_weight(labels, class_weight, keep, shards, first):
     class_weight = class_weight.astype(compute_dtype(class_weight.dtype))
     index = local_index(labels, first)
     inside = jnp.clip(index, 0, class_weight.size - 1)
-    weight = by_compiler(lambda w, i: w[i], jax.typeof(labels).sharding.spec, class_weight, inside)
+    weight = at_positions(class_weight, inside)
     if first is not None:
         weight = total(jnp.where(index == inside, weight, 0), shards.axis_name)
     return only(keep, weight)

@@ -49,7 +49,10 @@ def in_step(shards, *axes):
 
 
 def _over_devices(sweep, plan, sparse, name, grad):
-    """The sum of a gradient over the devices that have a share of it, each of which keeps what it is to hold."""
+    """The sum of a gradient over the devices that have a share of it, each of which keeps what it is to hold.
+
+    It is not summed over axes over which the type of its array says that a caller will do so.
+    """
     if name == "labels" and not sparse:
         return grad
     axes = plan.axes["v"] if name in ("hidden", "labels", "hidden_p") else plan.positions
@@ -65,7 +68,9 @@ def _over_devices(sweep, plan, sparse, name, grad):
                 # JAX 0.12 cannot lower it where other axes of the mesh are `Explicit`.
                 grad = _in_float32(partial(by_compiler, scatter, PartitionSpec(None, None)), grad)
         axes = tuple(a for a in axes if a not in sum(scattered.values(), ()))
-    return _in_float32(partial(total, axis_name=axes), grad)
+    unsummed = tuple(a for a in axes if a in plan.unsummed.get(name, ()))
+    grad = _in_float32(partial(total, axis_name=tuple(a for a in axes if a not in unsummed)), grad)
+    return lax.pcast(grad, unsummed, to="unreduced") if unsummed else grad
 
 
 def _in_float32(collective, grad):

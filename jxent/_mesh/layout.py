@@ -6,12 +6,15 @@ dfp and dvp are those of P, whose kernel has the same v.
 """
 
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import jax
 from jax.sharding import PartitionSpec
 
 from jxent._core.labels import by_index
+from jxent._core.shards import partitions
 from jxent._sweep.sweep import Inputs
 
 
@@ -63,6 +66,7 @@ class Layout(NamedTuple):
     """The mesh axes of each dimension, those of positions and vocabulary apart from each other."""
 
     axes: dict[str, tuple[str, ...]]
+    unsummed: Mapping[str, frozenset] = MappingProxyType({})  # axes of positions, by gradient
 
     @property
     def positions(self):
@@ -127,6 +131,6 @@ def layout(sizes, inputs, names):
 
 def entries(array):
     """The mesh axes of each dimension, as its sharding (or its type's) says."""
-    spec = jax.typeof(array).sharding.spec if isinstance(array, jax.Array) else array.sharding.spec
+    spec = partitions(array) if isinstance(array, jax.Array) else array.sharding.spec
     padded = [*spec, *[None] * (len(array.shape) - len(spec))]
     return [entry if isinstance(entry, tuple) else () if entry is None else (entry,) for entry in padded]
