@@ -318,8 +318,7 @@ def scalar(function, name, value, low, high, positive=False):
         value = value.item()
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
         value = float(value)
-        tiny, most = (float(n) for n in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
-        if not low <= value <= min(high, most) or (positive and not tiny <= value <= 1 / tiny):
+        if not low <= value <= min(high, float(np.finfo(np.float32).max)) or (positive and not _divides(value)):
             wanted = f"in [{low}, {high}]" if high < math.inf else f"finite and at least {low}, in float32"
             wanted = "finite and positive in float32, and so must its inverse" if positive else wanted
             raise ValueError(f"{function}: {name} must be {wanted}, got {value}")
@@ -336,6 +335,12 @@ def scalar(function, name, value, low, high, positive=False):
     if value.shape != ():
         raise ValueError(f"{function}: {name} must be a number or a scalar, got shape {value.shape}")
     return jnp.asarray(value)
+
+
+def _divides(value):
+    """Whether a Python number can be a divisor in float32: some compilers multiply with its inverse."""
+    tiny = float(np.finfo(np.float32).tiny)
+    return tiny <= value <= 1 / tiny
 
 
 def inner_share(function, name, value) -> float:
@@ -397,9 +402,9 @@ def softcap(function, value):
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{function}: logit_softcap must be None or a Python number, got {shown(value)}")
     value = float(value)
-    tiny, most = (float(n) for n in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
-    if not tiny <= value <= most:
+    if not _divides(value):
         raise ValueError(
-            f"{function}: logit_softcap must be positive and finite in float32, got {value}; None switches it off"
+            f"{function}: logit_softcap must be positive and finite in float32, and so must its inverse, got {value}; "
+            "None switches it off"
         )
     return value
