@@ -193,7 +193,8 @@ def _to_weighted_label(x, w):
 def _bwd(dtype, inputs, cotangents):
     inputs, cotangents = barrier((inputs, cotangents))  # or XLA:CPU would store what the loss and its gradient share
     slopes = _slopes(dtype, inputs)  # all but that by the logits may be infinite, where a sample weight may be 0
-    grads = jax.tree.map(partial(_times, cotangents[0]), slopes)._replace(logits=cotangents[0] * slopes.logits)
+    grads = jax.tree.map(partial(_times, cotangents[0]), slopes)
+    grads = grads._replace(logits=cotangents[0] * slopes.logits)
     if grads.smoothing is not None:
         grads = grads._replace(smoothing=jnp.sum(grads.smoothing))
     return (jax.tree.map(lambda grad, array: grad.astype(array.dtype), grads, inputs._replace(keep=None)),)

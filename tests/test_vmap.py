@@ -136,13 +136,13 @@ def of_example(name, order):
 def mapped_sets():
     """Every argument alone, with derivatives of both orders; and every pair of them, with gradients.
 
-    Second derivatives and pairs of linear losses, which take long to compile, are those of one or two cases.
+    Second derivatives and pairs of linear losses, which take long to compile, are those of one case each.
     """
     for name, case in CASES.items():
         names = names_of(case)
         pairs = () if name.startswith("linear") and name != "linear-index" else combinations(names, 2)
         for mapped in (*((n,) for n in names), *pairs):
-            second = not name.startswith("linear") or name in ("linear-none", "linear-kl")
+            second = not name.startswith("linear") or name == "linear-none"
             for order in (1, 2) if len(mapped) == 1 and second else (1,):
                 slow = len(mapped) == 2 or (order == 2 and name.startswith("linear"))
                 marks = pytest.mark.exhaustive if slow else ()
