@@ -45,8 +45,8 @@ def draw(config, rng, cases):
     """NumPy arrays of `cases` cases in the dtypes of the call, (cases, number); `pos_weight` is of the last axis."""
     shape, wide = (cases, config.number), calls.wide_of(config)
     x = calls.scores(config, rng, shape)
-    finite = np.clip(x.astype(np.float64), -1e36, 1e36)  # so that the sum is
-    x = np.where(np.isinf(x), x, finite.astype(config.dtype))
+    if config.dtype != "float16":
+        x = np.where(np.isinf(x), x, np.clip(x, -1e36, 1e36)).astype(config.dtype)  # so that the sum is finite
     x = np.where(rng.random(shape) < 0.5, x, -x)
     y = rng.random(shape)
     y = np.where((config.labels != "float") | np.isinf(x) | (rng.random(shape) < 0.5), np.round(y), y)
