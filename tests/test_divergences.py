@@ -512,3 +512,22 @@ def test_checkify_names_what_is_not_finite():
         error, _ = jax.jit(checkify.checkify(f, errors=checkify.user_checks))(*arrays)
         with pytest.raises(checkify.JaxRuntimeError, match=says):
             error.throw()
+
+
+# Before they are divided, the logits of a confident row may lie close together.
+@pytest.mark.parametrize("function", [jxent.kl_divergence, jxent.js_divergence])
+def test_small_temperatures_of_confident_rows(function):
+    scale = 2.0**-7  # a power of 2, so that the quotients have no rounding
+    rng = np.random.default_rng(0)
+    p = rng.normal(size=(6, 5)).astype(np.float32)
+    p[:, 1] += np.array([3, 6, 9, 12, 15, 20], np.float32)
+    q = p + rng.normal(size=p.shape).astype(np.float32) / 2
+
+    def gradients(temperature):
+        def total(p, q):
+            return function(p, q, temperature=temperature, reduction="sum")
+
+        return jax.grad(total, (0, 1))(p * temperature, q * temperature)
+
+    for cool, plain in zip(gradients(scale), gradients(1.0), strict=True):
+        np.testing.assert_allclose(cool * scale, plain, rtol=2e-6)

@@ -161,12 +161,12 @@ class Pair:
 
     @cached_property
     def top_of_p(self) -> Array:
-        """1 at the largest logit of P, and 0 below it."""
-        return self.unit - lax.stop_gradient(terms.below_top(self.rows.logits_p, self.rows.known.top_p, self.unit))
+        """1 at the largest logit of P, and 0 below it, where its p is above 2/3. By z, which is divided already."""
+        return self.unit - lax.stop_gradient(terms.below_top(self.z_p, 0 * self.unit, self.unit))
 
     @cached_property
     def top_of_q(self) -> Array:
-        return self.unit - lax.stop_gradient(terms.below_top(self.logits_q, self.rows.known.top_q, self.unit))
+        return self.unit - lax.stop_gradient(terms.below_top(self.z_q, 0 * self.unit, self.unit))
 
 
 # --- the divergences --------------------------------------------------------------------------------------------------

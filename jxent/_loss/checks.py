@@ -103,7 +103,7 @@ def real(function, name, value, dtype) -> Array | None:
         return None
     if isinstance(value, np.ndarray) and value.dtype.kind in "iu":
         value = value.astype(compute_dtype(dtype))
-    number = isinstance(value, int | float)
+    number = isinstance(value, int | float) and not isinstance(value, np.generic)
     value = array(function, name, value)
     whole = jnp.issubdtype(value.dtype, jnp.integer) or value.dtype == jnp.bool_
     return value.astype(compute_dtype(dtype)) if whole or number else floating(function, name, value)
