@@ -2,6 +2,8 @@
 
 Gradients of the mapped function, gradients mapped, and second derivatives are compared with a loop over the examples,
 in float64. The cases are a table of all functions and of the kinds of labels.
+
+The cause of such faults is tested for itself, in all programs of the table: a value must take what its tangent takes.
 """
 
 import functools
@@ -14,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 import jxent
 
@@ -191,3 +194,66 @@ def test_vmap_is_a_loop(name, mapped, order, x64):
 
 def assert_close(got, want, what):
     np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-12, err_msg=what)
+
+
+# --- values and tangents ----------------------------------------------------------------------------------------------
+
+
+def dependences(jaxpr):
+    """For each output, the places of the inputs that it depends on."""
+    places = {variable: frozenset([i]) for i, variable in enumerate(jaxpr.invars)}
+
+    def of(variable):
+        return frozenset() if isinstance(variable, Literal) else places.get(variable, frozenset())
+
+    for eqn in jaxpr.eqns:
+        every = [frozenset().union(*map(of, eqn.invars))] * len(eqn.outvars)
+        inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
+        if eqn.primitive.name in ("jit", "custom_jvp_call"):  # which may ignore some of their operands
+            every = [frozenset().union(*(of(eqn.invars[i]) for i in taken)) for taken in dependences(inner.jaxpr)]
+        places |= dict(zip(eqn.outvars, every, strict=True))
+    return [of(variable) for variable in jaxpr.outvars]
+
+
+def equations(jaxpr):
+    """All of the jaxpr and of those inside of it."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda leaf: isinstance(leaf, ClosedJaxpr)):
+            if isinstance(inner, Jaxpr | ClosedJaxpr):
+                yield from equations(getattr(inner, "jaxpr", inner))
+
+
+def ignored(eqn):
+    """(result, operands) of a `custom_jvp` function, where a tangent takes operands that the value ignores."""
+    number = len(eqn.invars)
+    still = [not jnp.issubdtype(variable.aval.dtype, jnp.floating) for variable in eqn.invars]
+    try:
+        rule, _, zeros = eqn.params["jvp_jaxpr_fun"].call_wrapped(*still)
+    except TypeError:  # of a value that nothing differentiates
+        return
+    operands = [*range(number), *(i for i in range(number) if not still[i])]  # of primals and tangents
+    constants = len(rule.invars) - len(operands)
+    of_values = dependences(eqn.params["call_jaxpr"].jaxpr)
+    of_tangents = iter(dependences(rule)[len(of_values) :])
+    for i, (taken, is_zero) in enumerate(zip(of_values, zeros, strict=True)):
+        by_tangent = frozenset() if is_zero else {operands[k - constants] for k in next(of_tangents)}
+        if by_tangent - taken:
+            yield f"result {i}", sorted(by_tangent - taken)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.exhaustive if n.startswith("linear") else ()) for n in CASES]
+)
+def test_values_take_what_their_tangents_take(name, x64):
+    floats, rest = ({key: a[0] for key, a in arrays.items()} for arrays in drawn(names_of(CASES[name])))
+    directions = {key: jnp.cos(array) for key, array in floats.items()}
+
+    def total(floats):
+        return call(CASES[name], floats | rest)
+
+    program = jax.make_jaxpr(lambda floats: (total(floats), derivatives(2, total, floats, directions)))(floats)
+    rules = [eqn for eqn in equations(program.jaxpr) if eqn.primitive.name == "custom_jvp_call"]
+    faults = [(eqn.params["call_jaxpr"].jaxpr.debug_info.func_name, *fault) for eqn in rules for fault in ignored(eqn)]
+    assert rules
+    assert not faults

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jxent._core.forward_mode import mapped_with
+
 
 @jax.custom_jvp
 def expm1(x):
@@ -51,7 +53,7 @@ def centered(logits, top, log_z, cap, unit):
     which does not cancel, as the difference of two rounded tanh would.
     """
     x, top = logits.astype(unit.dtype), top.astype(unit.dtype)
-    below = (x if log_z is None else rounded(x, unit)) - top
+    below = x - top if log_z is None else mapped_with(rounded(x, unit), log_z) - top
     if cap is None:
         return below
     cap = cap * unit
@@ -198,7 +200,7 @@ def bounded_ratio(a, b, bound, unit, above=True):
 
 @partial(jax.custom_jvp, nondiff_argnums=(4,))
 def _bounded_ratio(a, b, bound, unit, above):
-    return bounded_ratio(a / b, None, bound, unit, above)
+    return mapped_with(bounded_ratio(a / b, None, bound, unit, above), unit)
 
 
 # Beyond the bound, where a may be infinite, it has no slope. JAX would multiply the slope there, inf, by 0.
@@ -257,13 +259,15 @@ def mixed(log_a, log_b, u, beta, unit):
     """
     if beta < 1 / 16:
         to_a, to_b = _beside_a_trace(-u, beta, unit)
+        from_larger = jnp.minimum(to_a, to_b)
     elif beta > 15 / 16:
         to_b, to_a = _beside_a_trace(u, 1 - beta, unit)
+        from_larger = jnp.minimum(to_a, to_b)
     else:
         above, below = jnp.maximum(u, 0 * unit), jnp.minimum(u, 0 * unit)  # one of the two is 0
         from_larger = jnp.log1p((1 - beta) * unit * jnp.expm1(below)) + jnp.log1p(beta * unit * jnp.expm1(-above))
-        return jnp.maximum(log_a, log_b) + from_larger, from_larger + above, from_larger - below
-    return jnp.maximum(log_a, log_b) + jnp.minimum(to_a, to_b), to_a, to_b
+        to_a, to_b = from_larger + above, from_larger - below
+    return mapped_with((jnp.maximum(log_a, log_b) + from_larger, to_a, to_b), (log_a, log_b))
 
 
 def _beside_a_trace(y, share, unit):
