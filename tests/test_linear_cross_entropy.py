@@ -174,13 +174,20 @@ def test_block_size_changes_nothing(shape, reduction):
         chex.assert_trees_all_close(got[1], whole[1], rtol=2e-5, atol=1e-8)
 
 
-def test_a_block_is_traced_three_times(monkeypatch):
-    """Once for the shapes of the results, and once for a CPU and for other platforms, not twice for each loop."""
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_block_is_traced_once(monkeypatch, reduction):
+    """In each sweep: for the platform of lowering alone, and not for the shapes of the results."""
     traced, block = [], sweep._block
     monkeypatch.setattr(sweep, "_block", lambda *args: traced.append(args) or block(*args))
-    hidden, kernel, _, labels = arrays((39,), 2, 3, dtype=np.float32)  # a shape of its own: JAX keeps what it traced
-    jax.make_jaxpr(partial(jxent.linear_cross_entropy, block_size=13))(hidden, kernel, labels)
-    assert len(traced) == 3
+    hidden, kernel, _, labels = arrays((39,), 2, 3, dtype=np.float32)
+
+    def loss(hidden):
+        return jnp.sum(jxent.linear_cross_entropy(hidden, kernel, labels, block_size=13, reduction=reduction))
+
+    program = jax.jit(jax.value_and_grad(loss)).trace(hidden)
+    assert not traced
+    program.lower()
+    assert len(traced) == {"mean": 1, "none": 2}[reduction]
 
 
 @pytest.mark.parametrize("vocab", short((32000, 50257), 50257))

@@ -44,6 +44,11 @@ class Form(NamedTuple):
     shards: Shards  # of the classes
     divergence: Divergence | None = None  # instead of all costs
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of all costs, the statistics among them."""
+        return (*self.costs, *STATISTIC_NAMES) if self.stats else self.costs
+
 
 class CostInputs(NamedTuple):
     """What the rule takes, and the gradients of that (None for none).

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import ShapedArray
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.extend.core import Primitive, jaxpr_as_fun
+from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -21,7 +22,7 @@ from jxent._core.forward_mode import jvp_of_moving, linear, linear_p
 from jxent._core.shards import mesh_in_use
 from jxent._mesh.device import all_dimensions, on_each_device
 from jxent._mesh.layout import argument_dimension, is_dimensions, layout
-from jxent._sweep.sweep import Sweep, swept
+from jxent._sweep.sweep import Sweep, swept, swept_shapes
 
 # The sweep as a primitive, because `custom_partitioning` has no rules for derivatives and `vmap`: these take the plain
 # sweep.
@@ -52,16 +53,14 @@ def swept_by_compiler(sweep, asked, inputs, coefficients):
     """`swept`, of arrays whose sharding the compiler knows."""
     arrays, tree = jax.tree.flatten((inputs, coefficients))
     static = _Static(sweep, asked, tree, mesh_in_use(*arrays), traced_config())
-    names = all_dimensions(sweep, asked, inputs, coefficients)
-    results = jax.tree.structure(names[1], is_leaf=is_dimensions)
-    return jax.tree.unflatten(results, _bind(static, names, arrays))
+    results = jax.tree.structure(swept_shapes(sweep, asked, inputs))
+    return jax.tree.unflatten(results, _bind(static, arrays))
 
 
-def _bind(static, names, arrays):
-    """The sweep, or its tangents; `names` has the dimensions of arguments and results, in trees of theirs."""
+def _bind(static, arrays):
+    """The sweep, or its tangents. Blocks are traced where it is lowered, for that platform alone."""
     # The program is a parameter, for JAX to see that its lowering depends on the devices.
-    program = jax.make_jaxpr(partial(_partitioned, static=static, names=names))(*arrays)
-    return _sweep_p.bind(*arrays, static=static, program=program)
+    return _sweep_p.bind(*arrays, static=static, program=depends_on_devices())
 
 
 @cache
@@ -72,17 +71,19 @@ def depends_on_devices():
     return jax.make_jaxpr(f)(0.0)
 
 
-def _plain(*arrays, static, program=None, together=None):
+def _plain(*arrays, static, program=None, together=None, cpu=None):
     del program
 
     def sweep(*arrays):
-        return jax.tree.leaves(swept(static.sweep, static.asked, *static.tree.unflatten(arrays), together=together))
+        inputs, coefficients = static.tree.unflatten(arrays)
+        return jax.tree.leaves(swept(static.sweep, static.asked, inputs, coefficients, together, cpu))
 
     return static.pushed(sweep, arrays)
 
 
-def _partitioned(*arrays, static, names):
+def _partitioned(*arrays, static, cpu):
     sweep, asked, tree = static.sweep, static.asked, static.tree
+    names = all_dimensions(sweep, asked, *tree.unflatten(arrays[: tree.num_leaves]))
     arguments, results = (jax.tree.leaves(dims, is_leaf=is_dimensions) for dims in names)
     arguments += [arguments[i] for i in static.moving or ()]
 
@@ -95,7 +96,8 @@ def _partitioned(*arrays, static, names):
         plan, of_results, of_arguments = planned(mesh, *arguments)
 
         def on_this_device(*shards):
-            return jax.tree.leaves(on_each_device(sweep, asked, dict(mesh.shape), plan, (), *tree.unflatten(shards)))
+            mine = tree.unflatten(shards)
+            return jax.tree.leaves(on_each_device(sweep, asked, dict(mesh.shape), plan, (), *mine, cpu=cpu))
 
         def local(arrays):
             # The compiler asks for this program by itself, which so lacks the names of what is around it.
@@ -108,7 +110,8 @@ def _partitioned(*arrays, static, names):
         # To the compiler the kernel's gradient is sharded as the kernel is.
         return ", ".join(" ".join(map(argument_dimension, array)) for array in arrays)
 
-    f = custom_partitioning(lambda arrays: _plain(*arrays, static=static, together=()))  # as it is on one device
+    on_one_device = partial(_plain, static=static, together=(), cpu=cpu)
+    f = custom_partitioning(lambda arrays: on_one_device(*arrays))
     f.def_partition(
         partition,
         infer_sharding_from_operands=lambda mesh, arguments, _: planned(mesh, *arguments)[1],
@@ -117,9 +120,10 @@ def _partitioned(*arrays, static, names):
     return f(list(arrays))
 
 
-def _on_mesh(*arrays, static, program):
-    del static
-    return jaxpr_as_fun(program)(*arrays)
+def _by_partitions(*arrays, static, program, cpu):
+    del program
+    with static.config():
+        return _partitioned(*arrays, static=static, cpu=cpu)
 
 
 def _by_tpu(*arrays, static, together):
@@ -141,7 +145,7 @@ def _by_tpu(*arrays, static, together):
         of_kernels = {name: whole_features(vocab_axis) for name, vocab_axis in kernels.items()}
         specs = {"hidden": of_hidden, "hidden_p": of_hidden, **of_kernels}
         whole = {name: constrained(getattr(inputs, name), spec) for name, spec in specs.items()}
-        out, grads = swept(static.sweep, static.asked, inputs._replace(**whole), coefficients, together)
+        out, grads = swept(static.sweep, static.asked, inputs._replace(**whole), coefficients, together, cpu=False)
         for name in of_kernels.keys() & grads.keys():
             grads[name] = constrained(grads[name], of_kernels[name])
         return jax.tree.leaves((out, grads))
@@ -154,13 +158,15 @@ def _lower_for_tpu(context, *arrays, static, program):
     del program
     # On several devices the compiler would gather the positions to put them in order.
     devices = getattr(context.module_context.axis_context, "num_devices", None)
-    lower = mlir.lower_fun(partial(_by_tpu, static=static, together=() if devices == 1 else None), True)
-    return lower(context, *arrays)
+    by_tpu = partial(_by_tpu, static=static, together=() if devices == 1 else None)
+    return mlir.lower_fun(by_tpu, multiple_results=True)(context, *arrays)
 
 
 def _abstract(*arrays, static, program):
-    del arrays, static
-    return program.out_avals
+    del program
+    inputs, _ = static.tree.unflatten(arrays[: static.tree.num_leaves])
+    types = [ShapedArray(a.shape, a.dtype) for a in jax.tree.leaves(swept_shapes(static.sweep, static.asked, inputs))]
+    return types if static.moving is None else [type.to_tangent_aval() for type in types]
 
 
 def _batched(arrays, axes, *, static, program):
@@ -178,8 +184,7 @@ def _jvp(primals, tangents, *, static, program):
 
     def apply(primals, tangents):
         if static.moving is None:
-            names = all_dimensions(static.sweep, static.asked, *static.tree.unflatten(primals))
-            moved = _bind(static._replace(moving=moving), names, [*primals, *tangents])
+            moved = _bind(static._replace(moving=moving), [*primals, *tangents])
         else:
             moved = plain(primals, tangents)[1]
         return [moved[i] for i in floats]
@@ -202,5 +207,6 @@ _sweep_p.def_impl(_plain)
 _sweep_p.def_abstract_eval(_abstract)
 batching.primitive_batchers[_sweep_p] = _batched
 ad.primitive_jvps[_sweep_p] = _jvp
-mlir.register_lowering(_sweep_p, mlir.lower_fun(_on_mesh, multiple_results=True))
+mlir.register_lowering(_sweep_p, mlir.lower_fun(partial(_by_partitions, cpu=False), multiple_results=True))
+mlir.register_lowering(_sweep_p, mlir.lower_fun(partial(_by_partitions, cpu=True), multiple_results=True), "cpu")
 mlir.register_lowering(_sweep_p, _lower_for_tpu, platform="tpu")

@@ -9,7 +9,6 @@ inside the loop is one number per position and sum over classes.
 import math
 from functools import partial
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
@@ -20,10 +19,11 @@ from jxent._mesh.layout import dimensions, result_dimensions
 from jxent._sweep.sweep import swept, swept_shapes
 
 
-def on_each_device(sweep, asked, sizes, plan, others, inputs, coefficients):
+def on_each_device(sweep, asked, sizes, plan, others, inputs, coefficients, cpu=None):
     """`swept` of this device's shards, on a mesh of these axis sizes and by this `Layout`.
 
-    `others` are further axes over which a caller has mapped; None if the compiler shards the shards once more.
+    `others` are further axes over which a caller has mapped; None if the compiler shards the shards once more. `cpu` is
+    that of `swept`.
     """
     outer = sweep.form.shards  # over which the caller has mapped
     vocab = plan.axes["v"]
@@ -32,7 +32,7 @@ def on_each_device(sweep, asked, sizes, plan, others, inputs, coefficients):
     local = sweep._replace(form=sweep.form._replace(shards=shards))
     if sweep.block_size is not None:
         local = local._replace(block_size=-(-sweep.block_size // math.prod(sizes[a] for a in plan.positions)))
-    out, grads = swept(local, asked, inputs, coefficients, in_step(shards, plan.positions, others))
+    out, grads = swept(local, asked, inputs, coefficients, in_step(shards, plan.positions, others), cpu)
     sparse = inputs.indices is not None
     return out, {name: _over_devices(sweep, plan, sparse, name, grad) for name, grad in grads.items()}
 
@@ -88,5 +88,4 @@ def _in_float32(collective, grad):
 def all_dimensions(sweep, asked, inputs, coefficients):
     """The dimensions of (arguments, results) of `swept`, as of `layout`."""
     arguments = dimensions(sweep.vocab_axis, sweep.vocab_axis_p, inputs, coefficients)
-    arrays = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (inputs, coefficients))
-    return arguments, result_dimensions(arguments, *swept_shapes(sweep, asked, *arrays))
+    return arguments, result_dimensions(arguments, *swept_shapes(sweep, asked, inputs))

@@ -202,21 +202,43 @@ def default_block_size(cpu, asked, positions, classes):
     return max(least, min((size for size in sizes if isinstance(size, int)), default=least))
 
 
-def swept(sweep, asked, inputs, coefficients, together=None) -> tuple[Swept, dict[str, Array]]:
+def swept(sweep, asked, inputs, coefficients, together=None, cpu=None) -> tuple[Swept, dict[str, Array]]:
     """(`Swept`, gradients) as of `_block`, of all positions; the gradients in `_storable` dtypes.
 
     Where the classes are sharded over `axis_name`, the gradients of `hidden` are this shard's share. `together` is None
     where all positions are computed; of arrays that are one device's, blocks are of those that count, and it names the
-    mesh axes, if any, whose devices take as many blocks as the fullest of them.
+    mesh axes, if any, whose devices take as many blocks as the fullest of them. `cpu` is None where the platform is not
+    known yet, and both programs are traced.
     """
-    plain = partial(on_cpu, partial(_swept, sweep, asked, None))
-    function = plain if together is None else partial(on_cpu, partial(_swept, sweep, asked, together))
-    return in_one_piece(function, plain, inputs, coefficients)
+
+    def program(together):
+        of_platform = partial(_swept, sweep, asked, together)
+        return partial(on_cpu, of_platform) if cpu is None else partial(of_platform, cpu)
+
+    plain = program(None)
+    return in_one_piece(plain if together is None else program(together), plain, inputs, coefficients)
 
 
-def swept_shapes(sweep, asked, inputs, coefficients):
-    """The shapes and dtypes of what `swept` returns, which are the same on every platform."""
-    return jax.eval_shape(partial(_swept, sweep, asked, None, True), inputs, coefficients)
+def swept_shapes(sweep, asked, inputs):
+    """The shapes and dtypes of what `swept` returns, by those of the inputs alone: nothing of a block is traced."""
+
+    def array(shape, *dtypes) -> Any:
+        return jax.ShapeDtypeStruct(shape, compute_dtype(*dtypes))
+
+    def logits(hidden, kernel, bias):  # as `_Layer.logits` makes them, but for the shape
+        return array((), jnp.promote_types(hidden.dtype, kernel.dtype), *([] if bias is None else [bias.dtype]))
+
+    labels, shape = inputs.labels, inputs.hidden.shape[:-1]
+    if inputs.hidden_p is not None:
+        labels = logits(inputs.hidden_p, inputs.kernel_p, inputs.bias_p)
+    others = inputs.class_weight, inputs.keep, inputs.first, inputs.temperature, inputs.indices
+    of_block = CostInputs(logits(inputs.hidden, inputs.kernel, inputs.bias), labels, *others)
+    prediction: Any = jax.ShapeDtypeStruct(shape, jnp.int32) if sweep.form.stats else None
+    grads = {name: getattr(inputs, name) for name in asked}
+    return (
+        Swept({name: array(shape, of_block.dtype) for name in sweep.form.names}, prediction),
+        {name: jax.ShapeDtypeStruct(like.shape, _storable(name, like.dtype)) for name, like in grads.items()},
+    )
 
 
 def _swept(sweep, asked, together, cpu, inputs, coefficients):
