@@ -8,7 +8,7 @@ whole grids. What the short run leaves out is marked where it stands, in one of 
   each parameter occurs (with `pairs=True` each two values), besides those whose ids are given as arguments.
 
 They are deselected, not skipped, and counted in the summary. `--left-out` runs them alone, and properties again with
-more examples, so that the two runs one after the other are the whole grids. `--left-out=4` runs about a quarter of
+more examples, so that the two runs one after the other are the whole grids. `--left-out=8` runs about an eighth of
 them, always the same one, which is no pattern in any parameter.
 """
 
