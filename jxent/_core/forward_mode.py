@@ -209,7 +209,8 @@ def _map_values(axis_data, operands, axes, *, number):
         return value if axis is not None else jax.vmap(lambda _: value, (axes[at],), **names)(operands[at])
 
     values = [value_of_each(*pair) for pair in zip(operands[:number], axes, strict=False)]
-    return values, [axis or 0 for axis in axes[:number]]
+    # Bound again: another `jax.vmap` around this one may map other operands.
+    return mapped_with_p.bind(*values, *operands[number:], number=number), [axis or 0 for axis in axes[:number]]
 
 
 ad.primitive_jvps[mapped_with_p] = _jvp_of_values
