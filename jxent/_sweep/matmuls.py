@@ -44,8 +44,11 @@ def as_kernel(gradient, vocab_axis, cpu, one_block):
     if vocab_axis or not cpu:
         return gradient
     # The barrier keeps XLA:CPU from transposing the operands instead, for it cannot multiply 16-bit ones that way.
-    if not one_block:
+    if not one_block or gradient.size > SMALL_KERNEL:
         return barrier(gradient).T
     # Barriers are gone once layouts are assigned. XLA:CPU 0.10 then took the transpose of a matmul for a matmul with a
     # transposed layout, which ends the process where it is small and under `jax.vmap`. An axis of size 1 hides it.
     return jnp.moveaxis(barrier(gradient[..., None]), 1, 0)[..., 0]
+
+
+SMALL_KERNEL = 2**12  # the largest that ended the process had 36 elements, of 500 random ones of up to 2**15
