@@ -186,11 +186,17 @@ PRODUCERS = {"product": np.multiply, "sum": np.add}  # of the logits
 
 def operands(config, rng, logits):
     """The left and the right operand of which the producer makes logits that are near these."""
+    right = held(config, rng.uniform(1, 2, logits.shape))
+    return left_operand(config, logits, right), right
+
+
+def left_operand(config, logits, right):
+    """The left operand for this right one; 0 for a logit that rounding would make infinite."""
     x = logits.astype(np.float64)
-    right = held(config, rng.uniform(1, 2, x.shape))
     left = x / right if config.producer == "product" else x - right
-    left = np.where(np.abs(left) < 4 * tiny(config), 0, left)  # subnormal numbers are taken for 0
-    return held(config, left), right
+    left = held(config, np.where(np.abs(left) < 4 * tiny(config), 0, left))  # subnormal numbers are taken for 0
+    with np.errstate(over="ignore"):
+        return np.where(np.isposinf(produced(config, left, right)), left.dtype.type(0), left)
 
 
 def produced(config, left, right):

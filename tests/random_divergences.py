@@ -73,9 +73,7 @@ def _rows(config, rng, cases):
     if not config.producer:
         return {"logits_p": p, "logits_q": q}
     p, right = calls.operands(config, rng, p)
-    q = np.where(np.isneginf(q), q, q - right) if config.producer == "sum" else q / right
-    q = np.where(np.abs(q.astype(np.float64)) < 4 * calls.tiny(config), 0, q)
-    return {"logits_p": p, "logits_q": calls.held(config, q), "right": right}
+    return {"logits_p": p, "logits_q": calls.left_operand(config, q, right), "right": right}
 
 
 def _layers(config, rng, cases):

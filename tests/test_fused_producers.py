@@ -28,6 +28,11 @@ CONFIGS = {
     "sum": calls.Config(producer="sum", **EVERY, differentiated=STATS, classes=33),
     "log-probabilities": calls.Config(function="nll_loss", producer="product", probabilities=True),
     "kl": divergences.Config(producer="product", traced=True, temperature=1.25),
+    # So few numbers that XLA:CPU makes one program of all passes.
+    "few": calls.Config(producer="product", positions=(1,), classes=3, probabilities=True, differentiated=STATS),
+    "few-log-probabilities": calls.Config(producer="product", positions=(1,), classes=8, **EVERY),
+    "few-kl": divergences.Config(producer="product", positions=(1,), classes=3, reduction="none"),
+    "few-js": divergences.Config("js_divergence", producer="product", positions=(1,), classes=3, beta=0.5),
     "linear-js": divergences.Config("linear_js_divergence", features=(1, 1), axis=(-1, 0), beta=0.1),
 }
 
@@ -52,6 +57,34 @@ def test_one_feature():
     log_z = np.log(np.exp(x).sum(-1))
     want = np.where(labels == -100, 0, log_z - x[np.arange(3), [0, 0, 4]] + 0.1 * log_z**2)
     np.testing.assert_allclose(losses, want, rtol=1e-6)
+
+
+# The logits are near 1e4, so that what is not rounded is 1e-3 of it.
+@pytest.mark.parametrize("positions, classes", [(300, 1000), (9, 3)])
+def test_one_feature_with_large_logits(positions, classes):
+    rng = np.random.default_rng(0)
+    hidden = (3 + np.abs(rng.normal(size=(positions, 1)))).astype(np.float32)
+    kernel = (3000 + rng.normal(size=(1, classes))).astype(np.float32)
+    labels = rng.integers(0, classes, positions)
+    x = (hidden * kernel).astype(np.float64)
+    log_p = x - x.max(-1, keepdims=True)
+    log_p -= np.log(np.exp(log_p).sum(-1, keepdims=True))
+    losses, stats = jxent.linear_cross_entropy(hidden, kernel, labels, reduction="none", return_stats=True)
+    np.testing.assert_allclose(losses, -log_p[np.arange(positions), labels], rtol=1e-6)
+    np.testing.assert_allclose(stats.entropy, -(np.exp(log_p) * log_p).sum(-1), rtol=2e-6)
+
+
+@pytest.mark.parametrize("classes", [2, 5, 13, 32])
+@pytest.mark.parametrize("rows", [1, 40])
+def test_few_logits_of_a_product(rows, classes):
+    rng = np.random.default_rng(classes)
+    right = rng.uniform(1, 2, (rows, classes)).astype(np.float32)
+    left = ((1e4 + rng.normal(size=(rows, classes))) / right).astype(np.float32)
+    x = (left * right).astype(np.float64)
+    log_p = x - x.max(-1, keepdims=True)
+    log_p -= np.log(np.exp(log_p).sum(-1, keepdims=True))
+    got = jax.jit(lambda left: jxent.log_softmax(left * right))(left)
+    np.testing.assert_allclose(got, log_p, rtol=1e-6, atol=1e-7)
 
 
 # The functions of softmax have the same passes. Along the label the gradient is p - 1, of which the largest logit's

@@ -77,7 +77,7 @@ class Pair:
 
     def _z(self, logits: Array, top: Array) -> Array:
         """(x - m) / temperature, and the least finite number where that is -inf, as it is for a masked class."""
-        z = logits.astype(self.unit.dtype) - top
+        z = terms.rounded_if_few(logits.astype(self.unit.dtype), self.unit) - top
         return terms.bounded_ratio(z, self.rows.temperature, terms.most(self.unit), self.unit, above=False)
 
     @cached_property

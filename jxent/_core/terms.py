@@ -40,11 +40,20 @@ def rounded(x, unit):
     return x + x * (1e-30 * unit)
 
 
+def rounded_if_few(x, unit):
+    """`rounded`, for arrays so small that the time does not count.
+
+    XLA:CPU makes one program of several passes over up to 32 classes and 4096 numbers, where products are taken anew.
+    """
+    few = all(isinstance(size, int) for size in x.shape) and x.size <= 2**16
+    return rounded(x, unit) if few else x
+
+
 @partial(jax.custom_jvp, nondiff_argnums=(3,))
 def centered(logits, top, log_z, cap, unit):
     """x - m, in the dtype of `unit`: exactly 0 at the largest logit `top`, if `log_z` is known.
 
-    Where it is None, x - m may have the rounding of x at the largest logit too. The tangent takes `log_z` as well.
+    Where it is None, a large program may leave out the rounding of x. The tangent takes `log_z` as well.
 
     x is the logit, or cap * tanh(logit / cap). With a = top / cap and b = logit / cap,
 
@@ -53,7 +62,7 @@ def centered(logits, top, log_z, cap, unit):
     which does not cancel, as the difference of two rounded tanh would.
     """
     x, top = logits.astype(unit.dtype), top.astype(unit.dtype)
-    below = x - top if log_z is None else mapped_with(rounded(x, unit), log_z) - top
+    below = (rounded_if_few(x, unit) if log_z is None else mapped_with(rounded(x, unit), log_z)) - top
     if cap is None:
         return below
     cap = cap * unit
@@ -188,7 +197,7 @@ def lost_by_difference(a, b):
 
 def quarter(logits, unit):
     """x / 4, and for -inf a number below that of any other: differences of these are finite."""
-    return jnp.maximum(logits.astype(unit.dtype) * (0.25 * unit), -most(unit) / 2)
+    return jnp.maximum(rounded_if_few(logits.astype(unit.dtype), unit) * (0.25 * unit), -most(unit) / 2)
 
 
 def bounded_ratio(a, b, bound, unit, above=True):

@@ -19,6 +19,7 @@ from jxent._core.labels import by_index
 from jxent._core.passes import apart, barrier, compute_dtype, given, on_cpu
 from jxent._core.rule import costs_bwd, costs_fwd, costs_of_block, counted
 from jxent._core.shards import cast, cast_alike, checked, largest, varying
+from jxent._core.terms import rounded
 from jxent._core.weights import along, only
 from jxent._sweep import order
 from jxent._sweep.blocks import blocks_of, not_repeated, put, take
@@ -78,6 +79,8 @@ class _Layer(NamedTuple):
         last = self.hidden.ndim - 1
         with jax.named_scope("logits" + self.suffix):
             logits = dot(self.hidden, self.kernel, ((last,), (1 - self.vocab_axis,)), precision)
+            if self.hidden.shape[-1] == 1:  # a product that XLA:CPU takes anew in each pass, with another rounding
+                logits = rounded(logits, barrier(jnp.ones((), logits.dtype)))
             if bias is None:
                 return logits
             dtype = compute_dtype(logits.dtype, bias.dtype)
