@@ -1,111 +1,124 @@
-"""The inputs of compare.py and growth.py, and their loss and a sample of its gradients in float64 NumPy."""
+"""What a case of compare.py and growth.py is: its inputs, losses, floor and truth; and those of cross-entropy."""
 
-from functools import reduce
-from typing import Any, NamedTuple
+import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.special import logsumexp
+import peers
 
-DISTINCT = 1024  # rows repeat after so many, with labels of their own: the float64 loss of a large case takes seconds
-CONFIDENT = 16  # rows of these that are sure of their label
+PARTS = 8
+CONFIDENT = 16  # rows that are sure of their label
 
 
 class Case(NamedTuple):
-    loss: str  # cross_entropy or linear_cross_entropy
-    size: tuple[int, ...]  # positions x classes, or positions x features x classes
+    title: str
     dtype: str
-
-    @property
-    def linear(self):
-        return self.loss == "linear_cross_entropy"
-
-    @property
-    def logits_bytes(self):
-        return self.size[0] * self.size[-1] * jnp.dtype(self.dtype).itemsize
+    inputs: Callable[[int], tuple]  # of a seed
+    losses: Callable[[], dict[str, tuple]]  # name -> (function of the inputs, which of them are differentiated)
+    reference: Callable[..., jax.Array]  # a loss of the inputs, which is the truth if they are float64
+    floor: Callable[[bool], tuple[str, Callable]]  # with gradients or without: what nobody can do without, and its name
+    torch_losses: Callable[[], dict[str, Callable]] = dict
+    passes: tuple[str, ...] = ("forward", "value_and_grad")
+    size: tuple[int, ...] = ()
 
     def __str__(self):
-        axes = ("positions", "features", "classes") if self.linear else ("positions", "classes")
-        return " x ".join(f"{n:,} {axis}" for n, axis in zip(self.size, axes, strict=True)) + f", {self.dtype}"
+        return self.title
+
+    def shapes(self):
+        """The inputs without their values."""
+        return jax.eval_shape(lambda: self.inputs(0))
 
 
 class Truth(NamedTuple):
-    """The loss, and for each gradient an index and the values there, all in float64."""
-
     loss: float
-    gradients: tuple[tuple[Any, np.ndarray], ...]
-
-
-def shapes(case):
-    """Abstract arguments of the case's losses."""
-    positions, dtype = case.size[0], jnp.dtype(case.dtype)
-    floats = [case.size[:2], case.size[1:]] if case.linear else [case.size]
-    return *(jax.ShapeDtypeStruct(shape, dtype) for shape in floats), jax.ShapeDtypeStruct((positions,), jnp.int32)
-
-
-def inputs(case, seed):
-    """Arguments of the case's losses: random normal logits, and a few rows whose label leads by some 20."""
-    positions, classes = case.size[0], case.size[-1]
-    few = min(CONFIDENT, positions // 8)
-    rng = np.random.default_rng(seed)
-    labels = rng.integers(0, classes, positions)
-    rows = np.arange(positions) % DISTINCT
-    labels[rows < few] = labels[rows[rows < few]]
-
-    def make(labels):
-        keys = jax.random.split(jax.random.key(seed), 2)
-        sure = jnp.arange(few)
-        if case.linear:
-            kernel = jax.random.normal(keys[1], case.size[1:], case.dtype) / np.sqrt(case.size[1]).astype(case.dtype)
-            rows = jax.random.normal(keys[0], (min(positions, DISTINCT), case.size[1]), case.dtype)
-            rows = rows.at[sure].set(20 * kernel[:, labels[:few]].T)
-        else:
-            rows = jax.random.normal(keys[0], (min(positions, DISTINCT), classes), case.dtype)
-            rows = rows.at[sure, labels[:few]].set(25)
-        rows = rows[jnp.arange(positions) % DISTINCT]
-        return (rows, kernel, labels) if case.linear else (rows, labels)
-
-    return jax.block_until_ready(jax.jit(make)(jnp.asarray(labels, jnp.int32)))
+    gradients: dict[int, np.ndarray]  # number of an input -> some rows of its gradient
 
 
 def truth(case, arguments):
-    """The loss, and the gradients of eight positions (and of their labels' columns of the kernel)."""
-    labels = np.asarray(arguments[-1])
-    positions, classes = len(labels), case.size[-1]
-    distinct = np.asarray(arguments[0][:DISTINCT]).astype(np.float64)
-    kernel = np.asarray(arguments[1]) if case.linear else None
-    rows = np.arange(positions) % DISTINCT
-    step = max(1, 2**25 // len(distinct))
-    chunks = [np.arange(start, min(start + step, classes)) for start in range(0, classes, step)]
+    """In float64, of the same inputs, as one writes it in JAX."""
+    floats = [i for i, a in enumerate(arguments) if jnp.issubdtype(a.dtype, jnp.floating)]
 
-    def columns(at, rows=slice(None)):
-        """Logits of these classes."""
-        return distinct[rows] @ kernel[:, at].astype(np.float64) if case.linear else distinct[rows][:, at]
+    def sampled(*arguments):
+        loss, gradients = jax.value_and_grad(case.reference, tuple(floats))(*arguments)
+        return loss, [gradient[rows_of(gradient)] for gradient in gradients]
 
-    log_normalizer = reduce(np.logaddexp, (logsumexp(columns(at), axis=-1) for at in chunks))
-    picked = []
-    for start in range(0, positions, DISTINCT):
-        at = labels[start : start + DISTINCT]
-        if case.linear:
-            picked.append(np.einsum("nf,fn->n", distinct[: len(at)], kernel[:, at].astype(np.float64)))
-        else:
-            picked.append(distinct[np.arange(len(at)), at])
-    loss = np.mean(log_normalizer[rows] - np.concatenate(picked))
+    with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
+        wide = [np.asarray(a).astype(np.float64) if i in floats else np.asarray(a) for i, a in enumerate(arguments)]
+        loss, gradients = jax.jit(sampled)(*wide)
+    return Truth(float(loss), dict(zip(floats, map(np.asarray, gradients), strict=True)))
 
-    some = np.unique(np.linspace(0, min(positions, DISTINCT) - 1, 8).astype(int))
-    gradient = np.zeros((len(some), case.size[1]))
-    for at in chunks:
-        dlogits = np.exp(columns(at, some) - log_normalizer[some, None]) - (labels[some, None] == at)
-        if case.linear:
-            gradient += dlogits @ kernel[:, at].T.astype(np.float64)
-        else:
-            gradient[:, at] = dlogits
-    samples = [(some, gradient / positions)]
-    if case.linear:
-        at = np.unique(labels[some])
-        dlogits = np.exp(columns(at) - log_normalizer[:, None]) * np.bincount(rows)[:, None]
-        for column, label in enumerate(at):
-            np.subtract.at(dlogits[:, column], rows[labels == label], 1)
-        samples.append(((slice(None), at), distinct.T @ dlogits / positions))
-    return Truth(float(loss), tuple(samples))
+
+def rows_of(gradient):
+    return np.linspace(0, len(gradient) - 1, 8).astype(int)
+
+
+def in_parts(array):
+    """An axis of parts of the positions in front, for `jax.lax.map`."""
+    return array.reshape(math.gcd(len(array), PARTS), -1, *array.shape[1:])
+
+
+# --- cross-entropy ----------------------------------------------------------------------------------------------------
+
+
+def of_logits(positions, classes, dtype):
+    def inputs(seed):
+        labels = jax.random.randint(jax.random.key(seed), (positions,), 0, classes)
+        logits = jax.random.normal(jax.random.key(seed + 100), (positions, classes), dtype)
+        sure = jnp.arange(min(CONFIDENT, positions // 8))
+        return logits.at[sure, labels[sure]].set(25), labels
+
+    def floor(grad):
+        if grad:
+            return "read and write", lambda logits, labels: logits + 1
+        return "read the logits", lambda logits, labels: jnp.sum(logits, dtype=jnp.float32)
+
+    return Case(
+        f"`cross_entropy`, {positions:,} positions x {classes:,} classes, {dtype}",
+        dtype,
+        inputs,
+        losses=lambda: {name: (loss, (0,)) for name, loss in peers.logits_losses().items()},
+        reference=peers.log_softmax_loss,
+        floor=floor,
+        torch_losses=peers.torch_logits_losses,
+        size=(positions, classes),
+    )
+
+
+def of_hidden(positions, features, classes, dtype):
+    def inputs(seed):
+        labels = jax.random.randint(jax.random.key(seed), (positions,), 0, classes)
+        hidden = jax.random.normal(jax.random.key(seed + 100), (positions, features), dtype)
+        kernel = jax.random.normal(jax.random.key(seed + 200), (features, classes), dtype)
+        kernel /= np.sqrt(features).astype(dtype)
+        sure = jnp.arange(min(CONFIDENT, positions // 8))
+        return hidden.at[sure].set(20 * kernel[:, labels[sure]].T), kernel, labels
+
+    def reference(hidden, kernel, labels):
+        part = jax.checkpoint(lambda part: peers.log_softmax_loss(part[0] @ kernel, part[1]))
+        return jnp.mean(jax.lax.map(part, (in_parts(hidden), in_parts(labels))))
+
+    def three_matmuls(hidden, kernel, labels):
+        logits = hidden @ kernel
+        return logits @ kernel.T, hidden.T @ logits
+
+    def floor(grad):
+        return ("three matmuls", three_matmuls) if grad else ("one matmul", lambda h, k, labels: h @ k)
+
+    return Case(
+        f"`linear_cross_entropy`, {positions:,} positions x {features:,} features x {classes:,} classes, {dtype}",
+        dtype,
+        inputs,
+        losses=lambda: {name: (loss, (0, 1)) for name, loss in peers.linear_losses().items()},
+        reference=reference,
+        floor=floor,
+        torch_losses=lambda: peers.torch_linear_losses(positions),
+        size=(positions, features, classes),
+    )
+
+
+def of_size(size, dtype):
+    """Of positions x classes, or of positions x features x classes."""
+    return (of_logits if len(size) == 2 else of_hidden)(*size, dtype)

@@ -1,61 +1,58 @@
-"""Time and memory of the losses beside other libraries, forward and with gradients, on the machine at hand.
+"""Time and memory of the losses compared with other libraries, on the machine at hand.
 
-    pip install -e ".[bench]"                          # PyTorch is compared too, if it is installed
-    python benchmarks/compare.py                       # the preset of the backend at hand
-    python benchmarks/compare.py --smoke               # tiny sizes, half a minute
-    python benchmarks/compare.py --size 2048x512x50257 --rounds 15
-    python benchmarks/compare.py --only jxent Optax --loss cross_entropy --dtype bfloat16
+    pip install -e ".[bench]"                            # PyTorch is compared too, if it is installed
+    python benchmarks/compare.py                         # the preset of the backend at hand: docs/performance.md
+    python benchmarks/compare.py --preset divergences    # docs/memory.md; "policy" too
+    python benchmarks/compare.py --preset skipping       # docs/performance.md, by the share of positions that count
+    python benchmarks/compare.py --size 2048x512x50257 --rounds 15 --only jxent floor
+    python benchmarks/compare.py --smoke                 # tiny sizes, half a minute; with --preset, of that preset
 
-Every candidate is compiled and checked against float64 NumPy; a wrong one, or one that fails, is named and left out.
-The others take turns in one process, in an order shuffled anew each round, on two sets of inputs. Times are medians
-over the rounds, with quartiles; ratios are medians of each round's ratio. The floor is the matmuls alone, or reading
-(and writing) the logits. Temporaries are what XLA's memory analysis says, outputs aside; for PyTorch the peak of its
-allocator on a GPU, and on a CPU the growth of a process of its own (not with --smoke). What compiled PyTorch takes to
-compile includes its first run. Prints Markdown, and writes a JSON record with every time.
+Every candidate's loss, and a sample of its gradients, is checked against float64. A wrong candidate, or one that fails,
+is named and left out. timing.py says how the others are timed. The floor is the matmuls alone, or reading (and writing)
+the logits. Temporaries do not include the results. For PyTorch they are the peak of its allocator on a GPU, and on a
+CPU the growth of a process of its own (not with --smoke). Matmuls are those in the text of a CPU's program: those of a
+loop count once, and a program that skips positions has two loops. What compiled PyTorch takes to compile includes its
+first run. Prints Markdown, and with `--out` writes a JSON record with every time.
 """
 
 import argparse
 import dataclasses
 import pathlib
-import tempfile
 
 import jax
-import measure
 import numpy as np
 import peers
-from cases import Case, inputs, truth
-from report import MIB, RECORDS, headline, machine, mib, reason, save
+import skipping
+import timing
+from cases import of_size, truth
+from objectives import divergences, policy
+from report import MIB, headline, machine, mib, save, table
 
-LOSSES = ("cross_entropy", "linear_cross_entropy")
 BOTH = ("float32", "bfloat16")
 
 
-def cases(loss, dtypes, *sizes):
-    return [Case(loss, size, dtype) for size in sizes for dtype in dtypes]
+def cases(dtypes, *sizes):
+    return [of_size(size, dtype) for size in sizes for dtype in dtypes]
 
 
 PRESETS = {
     "cpu": [
-        *cases("cross_entropy", BOTH, (2048, 32000), (32768, 1000), (512, 131072)),
-        *cases("cross_entropy", ("float32",), (500000, 10)),
-        *cases("linear_cross_entropy", ("float32",), (2048, 512, 50257), (4096, 256, 32000), (4096, 512, 128256)),
+        *cases(BOTH, (2048, 32000), (32768, 1000), (512, 131072)),
+        *cases(["float32"], (500000, 10), (2048, 512, 50257), (4096, 256, 32000), (4096, 512, 128256)),
     ],
-    "small": cases("cross_entropy", ("float32",), (1, 10), (32, 10), (1024, 100)),  # dispatch, not arithmetic
+    "small": cases(["float32"], (1, 10), (32, 10), (1024, 100)),  # dispatch, not arithmetic
     "gpu": [
-        *cases("cross_entropy", ("bfloat16",), (32768, 32768), (16384, 131072)),
-        *cases("linear_cross_entropy", ("bfloat16",), (16384, 2048, 248320), (32768, 4096, 131072)),
-        *cases("linear_cross_entropy", ("bfloat16",), (32768, 2560, 128256), (8192, 2304, 256000)),
+        *cases(["bfloat16"], (32768, 32768), (16384, 131072), (16384, 2048, 248320), (32768, 4096, 131072)),
+        *cases(["bfloat16"], (32768, 2560, 128256), (8192, 2304, 256000)),
     ],
-    "tpu": [
-        *cases("cross_entropy", ("bfloat16",), (8192, 151936)),
-        *cases("linear_cross_entropy", ("bfloat16",), (8192, 2048, 151936)),
-    ],
+    "tpu": cases(["bfloat16"], (8192, 151936), (8192, 2048, 151936)),
+    "divergences": divergences(2048, 512, 256, 32000),
+    "policy": [policy(2048, 256, 32000)],
+    "skipping": [],  # skipping.py has its programs and sizes
 }
-SMOKE = [
-    *cases("cross_entropy", ("bfloat16",), (130, 1003)),
-    *cases("linear_cross_entropy", ("float32",), (100, 64, 1001)),
-]
-ROUNDS = {"cpu": 7, "small": 400, "gpu": 20, "tpu": 20}
+SMOKE = {"divergences": divergences(64, 16, 8, 1000), "policy": [policy(64, 8, 1000)], "skipping": []}
+SMOKE_OF_OTHERS = [of_size((130, 1003), "bfloat16"), of_size((100, 64, 1001), "float32")]
+ROUNDS = {"cpu": 7, "small": 400, "gpu": 20, "tpu": 20, "divergences": 7, "policy": 9, "skipping": 5}
 
 # What others have published for these sizes, on their hardware.
 PUBLISHED = {
@@ -69,92 +66,63 @@ PUBLISHED = {
 }
 
 
-def measured(case, only, number, apart):
+def measured(case, only, number, apart=True):
     """The record of one case: for each pass, every program's numbers and times, and who is left out."""
-    sets = [inputs(case, seed) for seed in (0, 1)]
+    sets = [case.inputs(seed) for seed in (0, 1)]
     truths = [truth(case, arguments) for arguments in sets]
     passes = {}
-    for grad in (False, True):
-        name = "value_and_grad" if grad else "forward"
-        programs, left_out = measure.candidates(case, grad, sets, truths, only, apart=apart)
-        try:
-            floors = [measure.floors(case, grad, sets)]
-        except Exception as error:  # most often there is no room for it
-            floors, left_out["floor"] = [], reason(error)
-        times, failed = measure.rounds([*programs, *floors], number, f"{case}, {name}")
-        floor = next((program.name for program in floors if program.name in times), None)
-        passes[name] = {
-            "programs": [entry(program, times, floor) for program in programs if program.name in times],
-            "floor": floor_entry(case, grad, floor, times) if floor else None,
-            "left_out": left_out | failed,
-        }
-    return {"loss": case.loss, "size": case.size, "dtype": case.dtype, "passes": passes}
+    for name in case.passes:
+        grad = name == "value_and_grad"
+        programs, left_out = timing.candidates(case, grad, sets, truths, only, apart)
+        times, failed = timing.rounds(programs, number, f"{case}, {name}")
+        entries = [entry(program, times) for program in programs if program.name in times]
+        passes[name] = {"programs": entries, "left_out": left_out | failed}
+    return {"title": str(case), "passes": passes}
 
 
-def entry(program, times, floor):
+def entry(program, times):
     numbers = dataclasses.asdict(program)
     del numbers["run"], numbers["gradients"]
     return numbers | {
-        "quartiles_s": measure.quartiles(times[program.name]),
-        "jxent_of_this": measure.ratio(times, "jxent", program.name),
-        "floor_of_this": measure.ratio(times, floor, program.name),
+        "quartiles_s": np.percentile(times[program.name], (25, 50, 75)).tolist(),
+        "jxent_of_this": timing.ratio(times, "jxent", program.name),
+        "floor_of_this": timing.ratio(times, "floor", program.name),
         "times_s": times[program.name],
     }
 
 
-def floor_entry(case, grad, floor, times):
-    """Its rate is that of the matmuls' floating-point operations, or of the bytes read and written."""
-    if case.linear:
-        amount, unit = 2.0 * float(np.prod(case.size, dtype=np.float64)) * (3 if grad else 1), "FLOP/s"
-    else:
-        amount, unit = float(case.logits_bytes * (2 if grad else 1)), "B/s"
-    return {
-        "name": floor,
-        "quartiles_s": measure.quartiles(times[floor]),
-        "jxent_of_this": measure.ratio(times, "jxent", floor),
-        "rate": amount / float(np.median(times[floor])),
-        "unit": unit,
-        "times_s": times[floor],
-    }
+HEADS = (
+    "",
+    "ms, median",
+    "quartiles",
+    "jxent / this",
+    "floor / this",
+    "temporaries",
+    "matmuls",
+    "compile",
+    "loss error",
+)
 
 
-def table(record):
+def print_case(record):
     """The Markdown of one case's record."""
-    case = Case(record["loss"], tuple(record["size"]), record["dtype"])
     for name, taken in record["passes"].items():
-        call = "the loss" if name == "forward" else "the loss and its gradients"
-        print(f"\n`{case.loss}`, {case}: {call}\n")
-        print("| | ms, median | quartiles | jxent / this | floor / this | temporaries | compile | loss error |")
-        print("|---|---:|---:|---:|---:|---:|---:|---:|")
-        for program in taken["programs"]:
-            label = f"{program['name']} ({program['setting']})" if program["setting"] else program["name"]
-            low, median, high = program["quartiles_s"]
-            of = [f"{r:.2f}" if r else "" for r in (program["jxent_of_this"], program["floor_of_this"])]
-            seconds = "" if program["compile_s"] is None else f"{program['compile_s']:.1f} s"
-            held = mib(program["temporaries"])
-            if program["by_process"] and program["temporaries"] < MIB:
-                held = "< 1 MiB"
-            cells = [label, ms(median), f"{ms(low)} to {ms(high)}", *of, held, seconds]
-            print(f"| {' | '.join(cells)} | {program['loss_error']:.0e} |")
-        if floor := taken["floor"]:
-            low, median, high = floor["quartiles_s"]
-            share = "" if floor["jxent_of_this"] is None else f"{floor['jxent_of_this']:.2f}"
-            print(f"| floor: {floor['name']} | {ms(median)} | {ms(low)} to {ms(high)} | {share} | 1.00 | | | |")
-            size, unit = (1e12, "T") if floor["rate"] >= 1e12 else (1e9, "G")
-            print(f"\nThe floor runs at {floor['rate'] / size:,.1f} {unit}{floor['unit']}.")
-        if taken["programs"]:
-            print(f"Outputs take {mib(taken['programs'][0]['outputs'])}.")
-        peaks = [f"{p['name']} {mib(p['device_peak'])}" for p in taken["programs"] if p["device_peak"]]
-        if peaks:
-            print(f"Peak on the device: {', '.join(peaks)}.")
-        for program in taken["programs"]:
-            if program["tried_s"]:
-                tried = (f"{k} {v if isinstance(v, str) else ms(v) + ' ms'}" for k, v in program["tried_s"].items())
-                print(f"{program['name']}, one run each: {', '.join(tried)}.")
+        print(f"\n{record['title']}: {'the loss' if name == 'forward' else 'the loss and its gradients'}")
+        table(HEADS, map(row, taken["programs"]))
         for peer, why in taken["left_out"].items():
-            print(f"Left out: {peer}: {why}")
-    if published := PUBLISHED.get(case.size):
-        print(f"\nPublished: {published}.")
+            print(f"\nLeft out: {peer}: {why}")
+
+
+def row(program):
+    low, median, high = program["quartiles_s"]
+    ratios = [f"{r:.2f}" if r else "" for r in (program["jxent_of_this"], program["floor_of_this"])]
+    held = mib(program["temporaries"])
+    if program["by_process"] and program["temporaries"] < MIB:
+        held = "< 1 MiB"
+    seconds = "" if program["compile_s"] is None else f"{program['compile_s']:.1f} s"
+    error = "" if program["loss_error"] is None else f"{program['loss_error']:.0e}"
+    cells = [ms(median), f"{ms(low)} to {ms(high)}", *ratios, held, program["matmuls"] or "", seconds, error]
+    return [program["label"] or program["name"], *cells]
 
 
 def ms(seconds):
@@ -169,37 +137,36 @@ def size(text):
 
 
 def main():
+    of_backend = jax.default_backend() if jax.default_backend() in PRESETS else "cpu"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=PRESETS, help="sizes for a kind of device; of the one at hand by default")
-    parser.add_argument("--loss", choices=LOSSES, help="of the preset's; both by default")
-    parser.add_argument("--size", type=size, help="AxB (positions, classes) or AxBxC (positions, features, classes)")
-    parser.add_argument("--dtype", choices=BOTH, help="instead of the preset's")
+    parser.add_argument("--preset", choices=PRESETS, default=of_backend, help="that of the device at hand by default")
+    parser.add_argument("--size", type=size, help="positions x classes, or positions x features x classes, instead")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="candidates by name, as the tables have them")
     parser.add_argument("--rounds", type=int, help="after one that warms up; by the preset")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes and two rounds, to see that it runs")
-    parser.add_argument("--out", type=pathlib.Path, help="folder of the record; benchmarks/records by default")
+    parser.add_argument("--out", type=pathlib.Path, help="folder of the record, and of a figure of skipping")
     args = parser.parse_args()
-    preset = args.preset or (jax.default_backend() if jax.default_backend() in PRESETS else "cpu")
-    chosen = SMOKE if args.smoke else PRESETS[preset]
+    if args.preset == "skipping" and (args.size or args.only):
+        parser.error("skipping has a size and programs of its own")
+    chosen = SMOKE.get(args.preset, SMOKE_OF_OTHERS) if args.smoke else PRESETS[args.preset]
     if args.size:
-        dtype = "float32" if preset in ("cpu", "small") else "bfloat16"
-        chosen = cases(LOSSES[len(args.size) - 2], (dtype,), args.size)
-    if args.dtype:
-        chosen = list(dict.fromkeys(case._replace(dtype=args.dtype) for case in chosen))
-    chosen = [case for case in chosen if args.loss in (None, case.loss)]
-    if not chosen:
-        parser.error(f"no such size of {args.loss}")
-    number = args.rounds or (2 if args.smoke else ROUNDS[preset])
-    folder = args.out or (pathlib.Path(tempfile.mkdtemp()) if args.smoke else RECORDS)
+        chosen = cases(BOTH, args.size)
+    number = args.rounds or (2 if args.smoke else ROUNDS[args.preset])
 
     record = machine() | {"rounds": number, "cases": []}
     print(f"{headline(record)}; {number} rounds")
     for case in chosen:
-        record["cases"].append(measured(case, args.only, number, not args.smoke))
-        record["absent"] = peers.absent
-        path = save(record, folder, f"compare-{preset}.json")
-        table(record["cases"][-1])
-    print(f"\n{path}")
+        record["cases"].append(measured(case, args.only, number, apart=not args.smoke))
+        print_case(record["cases"][-1])
+        if case.size in PUBLISHED:
+            print(f"Published: {PUBLISHED[case.size]}.")
+    if args.preset == "skipping":
+        record |= skipping.measured(number, skipping.SMOKE if args.smoke else skipping.SIZE)
+        skipping.print_table(record)
+    if args.out:
+        save(record | {"absent": peers.absent}, args.out, f"compare-{args.preset}.json")
+        if args.preset == "skipping":
+            skipping.draw(record, args.out)
 
 
 if __name__ == "__main__":

@@ -7,11 +7,11 @@ bfloat16 are read in float32, as training code does. A library that cannot be im
 
 import functools
 import importlib
-import os
 import sys
 
 import jax
 import jax.numpy as jnp
+from report import cores
 
 import jxent
 
@@ -29,9 +29,12 @@ def optional(module):
         print(f"{module} is left out: {error}", file=sys.stderr)
 
 
+def log_softmax(logits):
+    return jax.nn.log_softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
+
+
 def log_softmax_loss(logits, labels):
-    log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
-    return -jnp.mean(jnp.take_along_axis(log_probs, labels[:, None], -1))
+    return -jnp.mean(jnp.take_along_axis(log_softmax(logits), labels[:, None], -1))
 
 
 def logits_losses():
@@ -63,15 +66,6 @@ def linear_losses():
     return losses
 
 
-def jax_losses(case):
-    """Name -> mean loss of the case's inputs."""
-    return linear_losses() if case.linear else logits_losses()
-
-
-def cores():
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
 def torch_here():
     """PyTorch, if it can use the device that JAX uses, with as many threads as there are cores; else None."""
     if jax.default_backend() not in ("cpu", "gpu") or not (torch := optional("torch")):
@@ -85,29 +79,37 @@ def torch_here():
     return torch
 
 
-def torch_losses(case):
-    """Name -> {setting: mean loss of the tensors (logits, labels) or (hidden, weight, labels)}; most have one, None."""
+def torch_logits_losses():
+    """Name -> mean loss of the tensors (logits, labels)."""
+    if not (torch := torch_here()):
+        return {}
+    loss = torch.nn.functional.cross_entropy
+    return {
+        "PyTorch": loss,
+        "PyTorch, compiled": torch.compile(lambda logits, labels: loss(logits, labels), dynamic=False),
+    }
+
+
+def torch_linear_losses(positions):
+    """Name -> mean loss of the tensors (hidden, weight, labels)."""
     if not (torch := torch_here()):
         return {}
     f = torch.nn.functional
-    if not case.linear:
-        compiled = torch.compile(lambda logits, labels: f.cross_entropy(logits, labels), dynamic=False)
-        return {"PyTorch": {None: f.cross_entropy}, "PyTorch, compiled": {None: compiled}}
 
     def full(hidden, weight, labels):
         return f.cross_entropy(f.linear(hidden, weight), labels)
 
-    compiled = torch.compile(full, dynamic=False)
-    losses = {"PyTorch, full logits": {None: full}, "PyTorch, full logits, compiled": {None: compiled}}
+    losses = {
+        "PyTorch, full logits": full,
+        "PyTorch, full logits, compiled": torch.compile(full, dynamic=False),
+    }
     if hasattr(f, "linear_cross_entropy"):
-        options = torch.nn.LinearCrossEntropyOptions
-        settings = {"no chunks": None, "auto": options()}
+        chunked, options = f.linear_cross_entropy, torch.nn.LinearCrossEntropyOptions
+        losses["PyTorch, linear_cross_entropy"] = functools.partial(chunked, options=options())
         for size in CHUNKS:
-            if size < case.size[0]:
-                settings[f"chunks of {size}"] = options(batch_chunk_size=size, chunking_method=None)
-        losses["PyTorch, linear_cross_entropy"] = {
-            name: functools.partial(f.linear_cross_entropy, options=setting) for name, setting in settings.items()
-        }
+            if size < positions:
+                fixed = options(batch_chunk_size=size, chunking_method=None)
+                losses[f"PyTorch, chunks of {size}"] = functools.partial(chunked, options=fixed)
     return losses
 
 

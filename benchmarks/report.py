@@ -1,15 +1,16 @@
-"""The record that a benchmark writes, with the machine and the versions, and numbers for its readers."""
+"""How benchmarks report: the machine and the versions, Markdown tables, figures, records and progress bars."""
 
 import contextlib
 import datetime
 import importlib.metadata
 import json
+import os
 import pathlib
 import platform
 
 import jax
-import peers
 import psutil
+from tqdm import tqdm
 
 MIB = 2**20
 RECORDS = pathlib.Path(__file__).parent / "records"
@@ -28,12 +29,16 @@ def machine():
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "system": platform.platform(),
         "cpu": cpu,
-        "cores": peers.cores(),
+        "cores": cores(),
         "memory_bytes": psutil.virtual_memory().total,
         "backend": jax.default_backend(),
         "devices": [device.device_kind for device in jax.devices()],
         "versions": versions,
     }
+
+
+def cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def headline(record):
@@ -50,6 +55,11 @@ def reason(error):
     return f"{type(error).__name__}: {text[:300]}"
 
 
+def steps(items, title, **options):
+    """The items, with a progress bar in a terminal."""
+    return tqdm(list(items), desc=title, leave=False, disable=None, **options)
+
+
 def mib(size):
     """Bytes for a reader."""
     if size is None:
@@ -57,8 +67,25 @@ def mib(size):
     return f"{size / MIB:,.0f} MiB" if size >= 10 * MIB else f"{size / 1024:,.0f} KiB"
 
 
+def table(heads, rows, texts=1):
+    """Prints a Markdown table row by row, as the rows come. The first `texts` columns are texts, others numbers."""
+    print(f"\n| {' | '.join(heads)} |\n|{'---|' * texts}{'---:|' * (len(heads) - texts)}", flush=True)
+    for row in rows:
+        print(f"| {' | '.join(str(cell) for cell in row)} |", flush=True)
+
+
 def save(record, folder, name):
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / name
     path.write_text(json.dumps(record, indent=1) + "\n")
-    return path
+    print(f"\n{path}")
+
+
+def save_figure(figure, panels, folder, name):
+    """Writes a PNG, without the frame of the panels."""
+    for panel in panels:
+        panel.grid(color="0.92", linewidth=0.7)
+        panel.spines[["top", "right"]].set_visible(False)
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(folder / f"{name}.png", dpi=110)
+    print(f"\n{folder / name}.png")

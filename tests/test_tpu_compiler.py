@@ -25,7 +25,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from hlo import collectives
+from hlo import Program, collectives
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -125,6 +125,40 @@ def test_fsdp(way, wrt):
         "set_mesh": ("all-reduce", FEATURES * VOCAB // 2, False),
     }.get(way, ("reduce-scatter", FEATURES * VOCAB // 8, False))
     assert moved(program, FEATURES * VOCAB // 8) == sorted([gathered, gradient] if 1 in wrt else [gathered])
+
+
+def test_counts_are_those_of_the_compiler():
+    """`Program.work` counts as the compiler does where no loop is, and more where a loop turns more often."""
+    one = jax.sharding.SingleDeviceSharding(chips("v5e:2x2")[0])
+
+    def count(f, *shapes):
+        program = compiled(f, *(jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=one) for shape in shapes))
+        return Program(program.as_text()).work(), program.cost_analysis()
+
+    # Of sizes that the fast memory does not hold: what is copied there ahead of its use is no traffic of its own.
+    for f, *shapes in (
+        (jnp.add, (8192, 32768), (8192, 32768)),
+        (jax.nn.softmax, (8192, 32768)),
+        (lambda a, b: jnp.sum(jnp.exp(a @ b), 1), (16384, 16384), (16384, 32768)),
+    ):
+        work, own = count(f, *shapes)
+        np.testing.assert_allclose(work.bytes, own["bytes accessed"], rtol=1e-3)
+        if work.flops:
+            np.testing.assert_allclose(work.flops, own["flops"], rtol=1e-2)
+
+    def product(hidden, kernel, length):
+        return jax.lax.scan(lambda h, _: (jnp.tanh(h @ kernel), None), hidden, None, length=length)[0]
+
+    def total(array, _, length):
+        return jax.lax.fori_loop(0, length, lambda i, s: s + jnp.sum(array * i, dtype=jnp.float32), 0.0)
+
+    for f, flops, read in ((product, 2 * 16384**3, None), (total, 0, 2 * 16384**2)):
+        shapes = (16384, 16384), (16384, 16384)
+        (few, own), (many, same) = (count(functools.partial(f, length=length), *shapes) for length in (7, 19))
+        assert (few.flops, many.flops) == (7 * flops, 19 * flops)
+        assert own["flops"] == same["flops"], "the compiler's own counts include the length of a loop by now"
+        if read:
+            np.testing.assert_allclose([few.bytes, many.bytes], [7 * read, 19 * read], rtol=1e-3)
 
 
 WHOLE = Step(vocab=30720, features=256, layers=1, batch=16, length=512)
