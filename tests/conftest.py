@@ -28,6 +28,9 @@ import pytest
 gc.set_threshold(200_000, 20, 100)
 jax.config.update("jax_num_cpu_devices", 8)  # one computation still takes one, unless its arrays are sharded
 
+# Their assertions then show values, like those of the tests.
+pytest.register_assert_rewrite("bad_calls", "sharded_calls", "sharded_layouts")
+
 collect_ignore = ["fixtures/export_torch.py"]  # a script for where PyTorch is installed; doctests would import it
 
 # How many examples a property is tried with; "long" draws them anew each time.

@@ -1,9 +1,10 @@
-"""The package as such: nothing private of JAX's, and an import that leaves JAX as it was."""
+"""The package as a whole: it uses nothing private of JAX, its import leaves JAX alone, and its tests are listed."""
 
 import ast
 import inspect
 import pathlib
 import pydoc
+import re
 import subprocess
 import sys
 import typing
@@ -90,6 +91,15 @@ def test_imports_point_down(source):
     modules = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
     imported = {module.split(".")[1] for module in modules if module.startswith("jxent.")}
     assert part == "__init__" or imported <= BELOW.get(part, set(BELOW)) | {part}
+
+
+def test_every_file_of_tests_is_listed():
+    """docs/design.md says what each one guarantees."""
+    tests = pathlib.Path(__file__).parent
+    text = (tests.parent / "docs" / "design.md").read_text(encoding="utf-8")
+    table = text.partition("## Which tests hold what\n")[2].partition("\n## ")[0]
+    listed = set(re.findall(r"`(test_\w+)`", table))
+    assert listed == {path.stem for path in tests.glob("test_*.py")}
 
 
 def test_import_touches_no_device():
