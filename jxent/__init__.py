@@ -1,11 +1,11 @@
-"""Cross-entropy for JAX: exact, and with PyTorch's meaning."""
+"""Exact cross-entropy losses for JAX, with PyTorch's definitions."""
 
-from jxent._core.labels import SparseLabels
+from jxent._call.loss import Stats
 from jxent._cross_entropy import cross_entropy
 from jxent._divergences import js_divergence, kl_divergence
+from jxent._labels.sparse import SparseLabels
 from jxent._linear_cross_entropy import linear_cross_entropy
 from jxent._linear_divergences import linear_js_divergence, linear_kl_divergence
-from jxent._loss.loss import Stats
 from jxent._next_token import next_token_labels
 from jxent._nll_loss import nll_loss
 from jxent._sigmoid_cross_entropy import sigmoid_cross_entropy

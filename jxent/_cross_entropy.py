@@ -1,4 +1,4 @@
-"""`cross_entropy`: its arguments."""
+"""`cross_entropy` and the checks of its arguments."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from typing import Literal, Unpack, overload
 
 from jaxtyping import Array, Bool, Float, Int
 
-from jxent._core.labels import SparseLabels
-from jxent._core.rule import costs
-from jxent._loss import checks, label_checks
-from jxent._loss.annotations import ArrayLike, AxisName, LogitsLossOptions, Reduction
-from jxent._loss.axis_names import loss_axes
-from jxent._loss.loss import Stats, placed_loss_of
-from jxent._loss.names import known_names
-from jxent._loss.options import Weights, options_of
+from jxent._call import checks, label_checks
+from jxent._call.annotations import ArrayLike, AxisName, LogitsLossOptions, Reduction
+from jxent._call.axis_names import loss_axes
+from jxent._call.loss import Stats, placed_loss_of
+from jxent._call.names import known_names
+from jxent._call.options import Weights, options_of, traced_of
+from jxent._labels.sparse import SparseLabels
+from jxent._objective.cross_entropy import CrossEntropy
 
 
 @overload
@@ -60,42 +60,44 @@ def cross_entropy(
 ) -> Float[Array, "..."] | tuple[Float[Array, "..."], Stats]:
     r"""Cross-entropy between logits and labels, in nats.
 
-    For class indices :math:`t` the loss of a position is :math:`-w_t \log p_t`, for class probabilities :math:`q` it
-    is :math:`-\sum_j w_j q_j \log p_j`, with :math:`p` the softmax of the logits. Loss and gradients keep full relative
-    precision at any offset, and up to a margin of about 80, where float32 ends (in float64 about 700). PyTorch's
-    ``cross_entropy`` means the same, with ``axis=1``.
+    For class indices :math:`t` the loss of a position is :math:`-w_t \log p_t`. For class probabilities :math:`q` it is
+    :math:`-\sum_j w_j q_j \log p_j`. Here :math:`p` is the softmax of the logits, and :math:`w` is `class_weight`.
+    PyTorch's ``cross_entropy`` has the same definition, with ``axis=1``. Loss and gradients keep full relative
+    precision at any offset (a constant that all logits share). In float32 they keep it up to a margin of about 80 (in
+    float64 about 700). The margin is the distance from the label's logit down to the next one.
 
     Args:
       logits: unnormalized log-probabilities, float16, bfloat16, float32 or float64. A class whose logit is -inf is
-        masked: its probability and its gradient are 0, and smoothing passes it by.
+        masked: its probability and its gradient are 0, and smoothing skips it.
       labels: class indices, integers of the shape of `logits` without its class axis; or class probabilities, floating
-        point of the shape of `logits`; or `SparseLabels`. The dtype decides. An index out of range makes its position's
-        loss and gradient NaN, and is reported by name under `jax.experimental.checkify`.
+        point of the shape of `logits`; or `SparseLabels`. The dtype decides. If an index is out of range, the loss and
+        gradient of its position are NaN, and `jax.experimental.checkify` reports the index.
       axis: the class axis.
       class_weight: one weight per class, shape (classes,).
-      sample_weight: multiplies each position's loss and its share of the mean's denominator; broadcasts to the shape of
+      sample_weight: multiplies each position's loss and its term of the mean's denominator; broadcasts to the shape of
         the positions, which is that of `logits` without its class axis.
-      where: boolean, broadcasts to the shape of the positions; False leaves a position out, whatever it holds.
-      ignore_index: a position with this index label is left out; None leaves none out.
-      label_smoothing: in [0, 1]; the share of each label that is spread evenly over the classes. A Python number is
+      where: boolean, broadcasts to the shape of the positions; False masks a position. A masked position changes
+        neither the loss nor a gradient, even if it contains NaN.
+      ignore_index: a position with this index label is masked; None masks none.
+      label_smoothing: in [0, 1]; the part of each label that is spread evenly over the classes. A Python number is
         static; a floating-point scalar array is traced, and its value is not checked.
-      z_loss_weight: adds ``z_loss_weight * logsumexp(logits)**2`` to the loss of each position that counts;
-        `sample_weight` scales it, `class_weight` does not. Python number or scalar array, as above.
+      z_loss_weight: adds ``z_loss_weight * logsumexp(logits)**2`` to the loss of each unmasked position.
+        `sample_weight` scales this term, `class_weight` does not. Pass a number or an array, as for `label_smoothing`.
       logit_softcap: a Python number c > 0; the logits become ``c * tanh(logits / c)`` first.
-      reduction: ``"mean"`` divides the sum by the weights of the labels that count (class weight times sample weight;
-        for class probabilities the sample weight alone), ``"sum"`` does not, ``"none"`` gives each position's loss.
-        Where nothing counts the mean is nan and the sum 0, with gradients of 0.
+      reduction: ``"mean"`` divides the sum by the weights of the unmasked labels (class weight times sample weight;
+        for class probabilities the sample weight alone). ``"sum"`` does not divide, and ``"none"`` gives each
+        position's loss. If all positions are masked, the mean is nan and the sum 0, with gradients of 0.
       axis_name: the mesh axis or axes over which the classes are sharded. Inside `jax.shard_map` (or `jax.vmap` with an
-        axis name) `logits`, probability labels and `class_weight` are then this shard's, class indices count the
-        classes of all shards, and loss and statistics are those of all classes, on every shard. Elsewhere arrays are
-        whole, and the loss shards them so over the mesh in use: that of `jax.set_mesh`, or else of the arrays.
-      batch_axis_name: likewise for the positions. Inside `jax.shard_map` the reduction must be a mean or sum: it and
-        its denominator are taken over the positions of all shards. Elsewhere a name is for the first axis of the
-        positions, and a `jax.sharding.PartitionSpec` names mesh axes for each of them, as the spec of the labels does.
-        Under plain `jax.jit` arrays may be sharded with neither of the two given; the compiler then decides what moves.
-        Gradients that you take inside `jax.shard_map` are those of the global loss: sum nothing. Without its check
-        (``check_vma=False``), in `jax.pmap` and in `jax.vmap`, average them with `jax.lax.pmean`. Their psum is too
-        large by the number of shards, and so is each shard's gradient of an array of its own.
+        axis name), pass this shard's `logits`, probability labels and `class_weight`. Class indices count the classes
+        of all shards, and every shard gets the loss and statistics of all classes. Elsewhere, pass whole arrays: the
+        loss shards them over the mesh of `jax.set_mesh`, or else of the arrays.
+      batch_axis_name: the same for the positions. Inside `jax.shard_map`, the reduction must be a mean or sum: it and
+        its denominator are taken over the positions of all shards. Elsewhere, a name shards the first axis of the
+        positions. A `jax.sharding.PartitionSpec` names mesh axes for each of them, as the spec of the labels does.
+        Under plain `jax.jit`, you can pass sharded arrays and neither name; the compiler then chooses what it moves.
+        Gradients that you take inside `jax.shard_map` are those of the global loss: do not sum them. With
+        ``check_vma=False``, in `jax.pmap` and in `jax.vmap`, average them with `jax.lax.pmean`. Their psum is the
+        number of shards times too large, and so is each shard's gradient of an array of its own.
       return_stats: also return `Stats`.
 
     Returns:
@@ -123,11 +125,25 @@ def cross_entropy(
       Reductions: https://docs.pytorch.org/docs/stable/generated/torch.nn.CrossEntropyLoss.html
     """
     name = "cross_entropy"
-    logits, labels, axis = label_checks.logits_and_labels(name, "logits", logits, labels, axis)
-    arrays = checks.weights(name, class_weight, sample_weight, where, logits, axis)
+    logits, of_kind, axis = label_checks.logits_and_labels(name, "logits", logits, labels, axis)
+    class_weight, sample_weight, where = checks.weights(name, class_weight, sample_weight, where, logits, axis)
     over = loss_axes(name, "logits", logits, axis, axis_name, batch_axis_name, reduction)
     scalars = checks.scalars(name, label_smoothing, z_loss_weight)
-    options, traced = options_of(
-        (name, "logits"), axis, labels, over, scalars, ignore_index, reduction, logit_softcap, return_stats
+    objective = CrossEntropy(
+        axis=axis,
+        shards=over.shards,
+        logit_softcap=checks.softcap(name, logit_softcap),
+        costs=CrossEntropy.wanted(scalars),
+        has_stats=checks.flag(name, "return_stats", return_stats),
     )
-    return placed_loss_of(over.placement, options, costs, logits, labels, Weights(*arrays, traced))
+    options = options_of(
+        name,
+        "logits",
+        objective=objective,
+        over=over,
+        scalars=scalars,
+        reduction=reduction,
+        ignore_index=checks.ignored_class(name, ignore_index, of_kind),
+    )
+    weights = Weights(class_weight=class_weight, sample_weight=sample_weight, where=where, scalars=traced_of(scalars))
+    return placed_loss_of(over.placement, options, logits, weights, labels=of_kind)

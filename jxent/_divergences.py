@@ -1,17 +1,17 @@
-"""`kl_divergence` and `js_divergence`: their arguments."""
+"""`kl_divergence` and `js_divergence`, and the checks of their arguments."""
 
 from __future__ import annotations
 
 from jaxtyping import Array, Bool, Float
 
-from jxent._core.divergences import JensenShannon, KullbackLeibler
-from jxent._core.rule import costs
-from jxent._loss import checks
-from jxent._loss.annotations import ArrayLike, AxisName, Reduction
-from jxent._loss.axis_names import loss_axes
-from jxent._loss.loss import placed_loss_of
-from jxent._loss.names import known_names
-from jxent._loss.options import divergence_options, divergence_weights
+from jxent._call import checks
+from jxent._call.annotations import ArrayLike, AxisName, Reduction
+from jxent._call.axis_names import loss_axes
+from jxent._call.loss import placed_loss_of
+from jxent._call.names import known_names
+from jxent._call.options import divergence_weights, options_of
+from jxent._objective.divergence import Divergence, DivergenceObjective, JensenShannon, KullbackLeibler
+from jxent._rows.costs import Scalars
 
 
 @known_names
@@ -29,26 +29,27 @@ def kl_divergence(
 ) -> Float[Array, "..."]:
     r"""Kullback-Leibler divergence KL(P || Q) between the distributions of two rows of logits, in nats.
 
-    :math:`\sum_j p_j (\log p_j - \log q_j)`, with :math:`p` and :math:`q` the softmax of the logits. Distillation is
-    ``kl_divergence(teacher, student)``, and ``kl_divergence(student, teacher)`` is the reverse one of on-policy
-    distillation. Value and gradients keep full relative precision where P and Q nearly agree, at any offset, as long as
-    the classes that matter lie less than about 80 below the largest (in float64 700); the value is never negative. Both
-    arguments are differentiable: stop the gradient of one that is not to learn, or do not differentiate with respect to
-    it.
+    It is :math:`\sum_j p_j (\log p_j - \log q_j)`, with :math:`p` and :math:`q` the softmax of the logits. For
+    distillation, call ``kl_divergence(teacher, student)``. For the reverse divergence of on-policy distillation, call
+    ``kl_divergence(student, teacher)``. Value and gradients keep full relative precision even if P and Q nearly agree,
+    and at any offset (a constant that all logits share). This holds as long as the classes that matter lie less than
+    about 80 below the largest (700 in float64). The value is never negative. Both arguments are differentiable. If one
+    of them should not learn, stop its gradient, or do not differentiate with respect to it.
 
     Args:
       logits_p: unnormalized log-probabilities of P, float16, bfloat16, float32 or float64.
-      logits_q: those of Q, of the same shape. A class that both sides mask with -inf counts for nothing. One that Q
-        alone masks makes the divergence infinite; its gradient is then finite, as for the smallest q there is.
+      logits_q: those of Q, of the same shape. A class that both sides mask with -inf adds nothing. If only Q masks a
+        class, the divergence is infinite; its gradient is then finite, as for the smallest q there is.
       axis: the class axis.
-      temperature: divides both logits first; no factor of its square is added. A Python number is static.
+      temperature: divides both logits first; the result is not multiplied by its square. A Python number is static.
         It must be positive and finite in float32, and so must its inverse. A floating-point scalar array is traced, and
         its value is not checked.
-      sample_weight: multiplies each position's divergence and its share of the mean's denominator; broadcasts to the
+      sample_weight: multiplies each position's divergence and its term of the mean's denominator; broadcasts to the
         shape of the positions, which is that of the logits without their class axis.
-      where: boolean, broadcasts to the shape of the positions; False leaves a position out, whatever it holds.
-      reduction: ``"mean"`` divides the sum over the positions by their number, or by the sum of `sample_weight`; that
-        is PyTorch's ``"batchmean"`` for logits of two axes. ``"sum"`` does not, ``"none"`` gives each position's.
+      where: boolean, broadcasts to the shape of the positions; False masks a position, even if it contains NaN.
+      reduction: ``"mean"`` divides the sum over the unmasked positions by their number, or by the sum of their
+        `sample_weight`. For logits of two axes, PyTorch calls this ``"batchmean"``. ``"sum"`` does not divide, and
+        ``"none"`` gives each position's divergence.
       axis_name, batch_axis_name: mesh axes over which classes and positions are sharded, as in `cross_entropy`.
 
     Returns:
@@ -71,9 +72,19 @@ def kl_divergence(
       https://arxiv.org/abs/2306.13649.
       https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.kl_div.html
     """
-    weights, over = (temperature, sample_weight, where), (axis_name, batch_axis_name)
-    divergence = KullbackLeibler()
-    return _divergence("kl_divergence", divergence, logits_p, logits_q, axis, weights, reduction, over)
+    return _divergence(
+        "kl_divergence",
+        KullbackLeibler(),
+        logits_p,
+        logits_q,
+        axis=axis,
+        temperature=temperature,
+        sample_weight=sample_weight,
+        where=where,
+        reduction=reduction,
+        axis_name=axis_name,
+        batch_axis_name=batch_axis_name,
+    )
 
 
 @known_names
@@ -92,9 +103,9 @@ def js_divergence(
 ) -> Float[Array, "..."]:
     r"""Jensen-Shannon divergence between the distributions of two rows of logits, in nats.
 
-    :math:`\beta\, KL(P \| M) + (1 - \beta)\, KL(Q \| M)` with :math:`M = \beta P + (1 - \beta) Q`; it is finite
-    whatever classes either side masks. For small :math:`\beta` it is near :math:`\beta\, KL(P \| Q)`, for
-    :math:`\beta` near 1 near :math:`(1 - \beta)\, KL(Q \| P)`. Exactness is that of `kl_divergence`.
+    It is :math:`\beta\, KL(P \| M) + (1 - \beta)\, KL(Q \| M)` with :math:`M = \beta P + (1 - \beta) Q`. It is finite
+    even if P and Q mask different classes. For small :math:`\beta` it is near :math:`\beta\, KL(P \| Q)`, and for
+    :math:`\beta` near 1 it is near :math:`(1 - \beta)\, KL(Q \| P)`. It is as exact as `kl_divergence`.
 
     Args:
       logits_p: unnormalized log-probabilities of P, float16, bfloat16, float32 or float64.
@@ -102,8 +113,8 @@ def js_divergence(
       beta: the share of P in M, a Python number between 0 and 1.
       axis: the class axis.
       temperature: divides both logits first.
-      sample_weight: multiplies each position's divergence and its share of the mean's denominator.
-      where: boolean; False leaves a position out, whatever it holds.
+      sample_weight: multiplies each position's divergence and its term of the mean's denominator.
+      where: boolean; False masks a position, even if it contains NaN.
       reduction: ``"mean"``, ``"sum"`` or ``"none"``, as in `kl_divergence`.
       axis_name, batch_axis_name: mesh axes over which classes and positions are sharded, as in `cross_entropy`.
 
@@ -126,16 +137,40 @@ def js_divergence(
       Lin, Divergence measures based on the Shannon entropy, https://doi.org/10.1109/18.61115. In distillation: Agarwal
       et al., https://arxiv.org/abs/2306.13649.
     """
-    weights, over = (temperature, sample_weight, where), (axis_name, batch_axis_name)
-    divergence = JensenShannon(checks.inner_share("js_divergence", "beta", beta))
-    return _divergence("js_divergence", divergence, logits_p, logits_q, axis, weights, reduction, over)
+    return _divergence(
+        "js_divergence",
+        JensenShannon(beta=checks.inner_share("js_divergence", "beta", beta)),
+        logits_p,
+        logits_q,
+        axis=axis,
+        temperature=temperature,
+        sample_weight=sample_weight,
+        where=where,
+        reduction=reduction,
+        axis_name=axis_name,
+        batch_axis_name=batch_axis_name,
+    )
 
 
-def _divergence(name, divergence, logits_p, logits_q, axis, weights, reduction, over):
-    logits_p, logits_q = (checks.floating(name, *side) for side in (("logits_p", logits_p), ("logits_q", logits_q)))
-    axis = checks.class_axis(name, "logits_q", logits_q, axis)
-    checks.same_shape(name, "logits_p", logits_p, "logits_q", logits_q)
-    weights = divergence_weights(name, *weights, logits_q, axis, logits_p)
-    over = loss_axes(name, "logits_q", logits_q, axis, *over, reduction)
-    options = divergence_options((name, "logits_q"), axis, over, divergence, reduction)
-    return placed_loss_of(over.placement, options, costs, logits_q, logits_p, weights)
+def _divergence(
+    name: str,
+    divergence: Divergence,
+    logits_p: ArrayLike,
+    logits_q: ArrayLike,
+    *,
+    axis: int,
+    temperature: ArrayLike,
+    sample_weight: ArrayLike | None,
+    where: ArrayLike | None,
+    reduction: Reduction,
+    axis_name: AxisName | None,
+    batch_axis_name: AxisName | None,
+) -> Float[Array, "..."]:
+    of_p, of_q = checks.floating(name, "logits_p", logits_p), checks.floating(name, "logits_q", logits_q)
+    axis = checks.class_axis(name, "logits_q", of_q, axis)
+    checks.same_shape(name, "logits_p", of_p, "logits_q", of_q)
+    weights = divergence_weights(name, temperature, sample_weight, where, of_q, axis, of_p)
+    over = loss_axes(name, "logits_q", of_q, axis, axis_name, batch_axis_name, reduction)
+    objective = DivergenceObjective(axis=axis, shards=over.shards, divergence=divergence)
+    options = options_of(name, "logits_q", objective=objective, over=over, scalars=Scalars(), reduction=reduction)
+    return placed_loss_of(over.placement, options, of_q, weights, logits_p=of_p)

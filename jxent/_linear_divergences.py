@@ -1,26 +1,27 @@
-"""`linear_kl_divergence` and `linear_js_divergence`: their arguments."""
+"""`linear_kl_divergence` and `linear_js_divergence`, and the checks of their arguments."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jaxtyping import Array, Bool, Float
 
-from jxent._core.divergences import JensenShannon, KullbackLeibler
-from jxent._core.passes import compute_dtype
+from jxent._call import checks
+from jxent._call.annotations import ArrayLike, AxisName, Reduction
+from jxent._call.axis_names import Sharded, mesh_axes
+from jxent._call.loss import weight_dimensions
+from jxent._call.names import known_names
+from jxent._call.options import Options, Weights, divergence_weights, options_of
+from jxent._call.placement import CLASSES, placed
+from jxent._call.positions import coefficients_of, denominator, positions_of
+from jxent._core.dtypes import compute_dtype
+from jxent._core.reports import report_values
 from jxent._linear_loss import loss_by_sweep
-from jxent._loss import checks
-from jxent._loss.annotations import ArrayLike, AxisName, Reduction
-from jxent._loss.axis_names import Sharded, mesh_axes
-from jxent._loss.loss import weight_dimensions
-from jxent._loss.names import known_names
-from jxent._loss.options import divergence_options, divergence_weights
-from jxent._loss.placement import CLASSES, placed
-from jxent._loss.positions import coefficients_of, denominator, positions_of
-from jxent._loss.reports import report_values
 from jxent._mesh.sharded import covers_its_mesh
-from jxent._sweep.sweep import Inputs, Sweep
+from jxent._objective.divergence import Divergence, DivergenceObjective, JensenShannon, KullbackLeibler
+from jxent._rows.costs import Scalars
+from jxent._sweep.block import Inputs, Sweep
 
 
 @known_names
@@ -45,36 +46,35 @@ def linear_kl_divergence(
 ) -> Float[Array, "..."]:
     r"""KL(P || Q) of the logits of two output layers, ``hidden @ kernel + bias``, in the memory of a few rows of them.
 
-    Distillation over a large vocabulary: the logits of neither side are ever held, but those of `block_size` positions.
-    Only what is differentiated has gradients computed. So a frozen teacher costs one matmul: stop the gradients of its
-    hidden states and kernel, or differentiate with respect to the student's arrays alone. Exactness is that of
-    `kl_divergence`.
+    Use it for distillation over a large vocabulary. It keeps the logits of only `block_size` positions of each side in
+    memory. Gradients are computed only for arguments that you differentiate, so a frozen teacher costs one matmul. To
+    freeze it, stop the gradients of its hidden states and kernel, or differentiate with respect to the student's
+    arrays alone. The result is as exact as `kl_divergence`.
 
     Args:
       hidden_p: hidden states of P of any leading shape, float16, bfloat16, float32 or float64.
       kernel_p: the weights of its output layer, (features, vocab), or (vocab, features) with ``vocab_axis=0``.
-      hidden_q: hidden states of Q, of the same leading shape; its features may be any number.
+      hidden_q: hidden states of Q, of the same leading shape; the number of features may differ.
       kernel_q: the weights of its output layer, of the same vocabulary.
       bias_p: added to the logits of P in at least float32. A class with a bias of -inf is masked.
-      bias_q: likewise for Q.
-      vocab_axis: the axis of both kernels that is the vocabulary, -1 or 0; or a pair, that of `kernel_p` and that of
-        `kernel_q`.
-      temperature: divides both logits first; no factor of its square is added. A Python number is static.
+      bias_q: the same for Q.
+      vocab_axis: the axis of both kernels that is the vocabulary, -1 or 0; or a pair, for `kernel_p` and `kernel_q`.
+      temperature: divides both logits first; the result is not multiplied by its square. A Python number is static.
         It must be positive and finite in float32, and so must its inverse. A floating-point scalar array is traced, and
         its value is not checked.
-      sample_weight: multiplies each position's divergence and its share of the mean's denominator; broadcasts to the
+      sample_weight: multiplies each position's divergence and its term of the mean's denominator; broadcasts to the
         leading shape.
-      where: boolean, broadcasts to the leading shape; False leaves a position out, whatever its hidden states hold. It
-        is not computed, as in `linear_cross_entropy`.
+      where: boolean, broadcasts to the leading shape; False masks a position, even if its hidden states contain NaN.
+        Blocks skip masked positions, as in `linear_cross_entropy`.
       reduction: ``"mean"``, ``"sum"`` or ``"none"``, as in `kl_divergence`. With ``"none"`` the gradients are computed
         in the backward pass.
-      axis_name, batch_axis_name: mesh axes over which vocabulary and positions are sharded, those of both sides alike,
-        as in `linear_cross_entropy`.
-      block_size: how many positions are in flight at once, at most; the default is half of that of
-        `linear_cross_entropy`, because there are logits of two sides.
+      axis_name, batch_axis_name: mesh axes over which the vocabulary and the positions of both sides are sharded, as in
+        `linear_cross_entropy`.
+      block_size: the largest number of positions in a block; the default is half of that of `linear_cross_entropy`,
+        because there are logits of two sides.
       recompute: compute the gradients in the backward pass, with the logits' matmuls once more, so that no gradient is
-        kept between the two passes; ``reduction="none"`` always does.
-      precision: of the matmuls, as in `jax.lax.dot_general`.
+        kept between the two passes. ``reduction="none"`` always does this.
+      precision: the precision of the matmuls, as in `jax.lax.dot_general`.
 
     Returns:
       The divergence in float32, or in float64 if an input is: a scalar, or for ``reduction="none"`` the leading shape.
@@ -95,11 +95,22 @@ def linear_kl_divergence(
       Hinton et al., https://arxiv.org/abs/1503.02531. Blocks: Hsu et al., Liger Kernel,
       https://arxiv.org/abs/2410.10989.
     """
-    sides = ((hidden_p, kernel_p, bias_p), (hidden_q, kernel_q, bias_q))
-    weights, over = (temperature, sample_weight, where), (axis_name, batch_axis_name)
-    sweep = block_size, recompute, precision
+    name = "linear_kl_divergence"
+    p_axis, q_axis = checks.pair(name, "vocab_axis", vocab_axis)
     return _linear_divergence(
-        "linear_kl_divergence", KullbackLeibler(), sides, vocab_axis, weights, reduction, over, sweep
+        name,
+        KullbackLeibler(),
+        _checked_layer(name, "_p", hidden_p, kernel_p, bias_p, p_axis),
+        _checked_layer(name, "_q", hidden_q, kernel_q, bias_q, q_axis),
+        temperature=temperature,
+        sample_weight=sample_weight,
+        where=where,
+        reduction=reduction,
+        axis_name=axis_name,
+        batch_axis_name=batch_axis_name,
+        block_size=block_size,
+        recompute=recompute,
+        precision=precision,
     )
 
 
@@ -126,25 +137,25 @@ def linear_js_divergence(
 ) -> Float[Array, "..."]:
     r"""Jensen-Shannon divergence of the logits of two output layers, in the memory of a few rows of them, in nats.
 
-    It is to `js_divergence` what `linear_kl_divergence` is to `kl_divergence`.
+    The value is that of `js_divergence`. Blocks, memory and gradients are as in `linear_kl_divergence`.
 
     Args:
       hidden_p: hidden states of P of any leading shape, float16, bfloat16, float32 or float64.
       kernel_p: the weights of its output layer, (features, vocab), or (vocab, features) with ``vocab_axis=0``.
-      hidden_q: hidden states of Q, of the same leading shape; its features may be any number.
+      hidden_q: hidden states of Q, of the same leading shape; the number of features may differ.
       kernel_q: the weights of its output layer, of the same vocabulary.
       beta: the share of P in M, a Python number between 0 and 1.
       bias_p: added to the logits of P in at least float32. A class with a bias of -inf is masked.
-      bias_q: likewise for Q.
+      bias_q: the same for Q.
       vocab_axis: the axis of the vocabulary, -1 or 0, or a pair of them, as in `linear_kl_divergence`.
       temperature: divides both logits first.
-      sample_weight: multiplies each position's divergence and its share of the mean's denominator.
-      where: boolean; False leaves a position out, whatever its hidden states hold, and is not computed.
+      sample_weight: multiplies each position's divergence and its term of the mean's denominator.
+      where: boolean; False masks a position, even if its hidden states contain NaN. Blocks skip masked positions.
       reduction: ``"mean"``, ``"sum"`` or ``"none"``, as in `kl_divergence`.
-      axis_name, batch_axis_name: mesh axes over which vocabulary and positions are sharded, those of both sides alike.
-      block_size: how many positions are in flight at once, at most.
+      axis_name, batch_axis_name: mesh axes over which the vocabulary and the positions of both sides are sharded.
+      block_size: the largest number of positions in a block.
       recompute: compute the gradients in the backward pass.
-      precision: of the matmuls, as in `jax.lax.dot_general`.
+      precision: the precision of the matmuls, as in `jax.lax.dot_general`.
 
     Returns:
       The divergence in float32, or in float64 if an input is: a scalar, or for ``reduction="none"`` the leading shape.
@@ -166,80 +177,116 @@ def linear_js_divergence(
       https://arxiv.org/abs/2410.10989.
     """
     name = "linear_js_divergence"
-    divergence = JensenShannon(checks.inner_share(name, "beta", beta))
-    sides = ((hidden_p, kernel_p, bias_p), (hidden_q, kernel_q, bias_q))
-    weights, over = (temperature, sample_weight, where), (axis_name, batch_axis_name)
-    sweep = block_size, recompute, precision
-    return _linear_divergence(name, divergence, sides, vocab_axis, weights, reduction, over, sweep)
-
-
-def _linear_divergence(name, divergence, sides, vocab_axis, weights, reduction, over, sweep_options):
-    block_size, recompute, precision = sweep_options
-    axes = checks.pair(name, "vocab_axis", vocab_axis)
-    (hidden_p, kernel_p, bias_p, axis_p), (hidden_q, kernel_q, bias_q, axis_q) = (
-        _checked_layer(name, of, side, axis) for of, side, axis in zip(("_p", "_q"), sides, axes, strict=True)
+    p_axis, q_axis = checks.pair(name, "vocab_axis", vocab_axis)
+    return _linear_divergence(
+        name,
+        JensenShannon(beta=checks.inner_share(name, "beta", beta)),
+        _checked_layer(name, "_p", hidden_p, kernel_p, bias_p, p_axis),
+        _checked_layer(name, "_q", hidden_q, kernel_q, bias_q, q_axis),
+        temperature=temperature,
+        sample_weight=sample_weight,
+        where=where,
+        reduction=reduction,
+        axis_name=axis_name,
+        batch_axis_name=batch_axis_name,
+        block_size=block_size,
+        recompute=recompute,
+        precision=precision,
     )
-    classes = kernel_q.shape[axis_q]
-    checks.same_positions(name, hidden_p, hidden_q)
-    checks.same_vocabulary(name, kernel_p, axis_p, kernel_q, axis_q)
-    logits = jax.ShapeDtypeStruct((*hidden_q.shape[:-1], classes), hidden_q.dtype)
-    arrays = hidden_p, kernel_p, hidden_q, kernel_q
-    weights = divergence_weights(name, *weights, logits, logits.ndim - 1, *arrays)
-    of_kernel = Sharded("kernel_q", kernel_q, (axis_q,))
-    of_hidden = Sharded("hidden_q", hidden_q, range(hidden_q.ndim - 1))
-    over = mesh_axes(name, over[0], of_kernel, over[1], of_hidden, reduction)
+
+
+class _Layer(NamedTuple):
+    """The output layer of one side; or the dimensions of its arrays, which `Placement.spec` explains."""
+
+    hidden: Any  # Float[Array, "*positions features"]
+    kernel: Any  # Float[Array, "features vocab"] or Float[Array, "vocab features"]
+    bias: Any  # Float[Array, " vocab"] or None
+
+
+def _checked_layer(name: str, of: str, hidden: Any, kernel: Any, bias: Any, vocab_axis: int) -> tuple[_Layer, int]:
+    hidden = checks.floating(name, "hidden" + of, hidden)
+    kernel = checks.floating(name, "kernel" + of, kernel)
+    vocab_axis = checks.kernel_axis(name, hidden, kernel, vocab_axis, of)
+    bias = checks.per_class(name, "bias" + of, bias, kernel.shape[vocab_axis], hidden.dtype)
+    return _Layer(hidden=hidden, kernel=kernel, bias=bias), vocab_axis
+
+
+def _linear_divergence(
+    name: str,
+    divergence: Divergence,
+    side_p: tuple[_Layer, int],
+    side_q: tuple[_Layer, int],
+    *,
+    temperature: Any,
+    sample_weight: Any,
+    where: Any,
+    reduction: Any,
+    axis_name: Any,
+    batch_axis_name: Any,
+    block_size: Any,
+    recompute: Any,
+    precision: Any,
+) -> Float[Array, "..."]:
+    (p, axis_p), (q, axis_q) = side_p, side_q
+    checks.same_positions(name, p.hidden, q.hidden)
+    checks.same_vocabulary(name, p.kernel, axis_p, q.kernel, axis_q)
+    logits = jax.ShapeDtypeStruct((*q.hidden.shape[:-1], q.kernel.shape[axis_q]), q.hidden.dtype)
+    arrays = p.hidden, p.kernel, q.hidden, q.kernel
+    weights = divergence_weights(name, temperature, sample_weight, where, logits, logits.ndim - 1, *arrays)
+    of_kernel = Sharded(name="kernel_q", array=q.kernel, axes=(axis_q,))
+    of_hidden = Sharded(name="hidden_q", array=q.hidden, axes=range(q.hidden.ndim - 1))
+    over = mesh_axes(name, axis_name, of_kernel, batch_axis_name, of_hidden, reduction)
     checks.one_device_if_symbolic(name, *arrays)
-    options = divergence_options((name, "hidden_q"), logits.ndim - 1, over, divergence, reduction)
+    objective = DivergenceObjective(axis=logits.ndim - 1, shards=over.shards, divergence=divergence)
+    options = options_of(name, "hidden_q", objective=objective, over=over, scalars=Scalars(), reduction=reduction)
     sweep = Sweep(
         function=name,
-        form=options.form,
+        objective=objective,
         vocab_axis=axis_q,
         block_size=None if block_size is None else checks.positive(name, "block_size", block_size),
         precision=checks.matmul_precision(name, precision),
         vocab_axis_p=axis_p,
     )
     recompute = checks.flag(name, "recompute", recompute)
-    positions = tuple(range(hidden_q.ndim - 1))
-    of_layer = [((*positions, None), (None, CLASSES) if axis else (CLASSES, None)) for axis in (axis_p, axis_q)]
-    dimensions = *of_layer[0], *of_layer[1], (CLASSES,), (CLASSES,), weight_dimensions(weights, positions)
-    arrays = *arrays, bias_p, bias_q, weights
-    return placed(name, over.placement, _divergence, (options, sweep, recompute), arrays, dimensions)
+    positions = tuple(range(q.hidden.ndim - 1))
+    dimensions = [
+        _Layer(hidden=(*positions, None), kernel=(None, CLASSES) if axis else (CLASSES, None), bias=(CLASSES,))
+        for axis in (axis_p, axis_q)
+    ]
+    return placed(
+        name,
+        over.placement,
+        _divergence,
+        (options, sweep, recompute),
+        (p, q, weights),
+        (*dimensions, weight_dimensions(weights, positions)),
+    )
 
 
-def _checked_layer(name, of, side, vocab_axis):
-    hidden, kernel, bias = side
-    hidden = checks.floating(name, "hidden" + of, hidden)
-    kernel = checks.floating(name, "kernel" + of, kernel)
-    vocab_axis = checks.kernel_axis(name, hidden, kernel, vocab_axis, of)
-    bias = checks.per_class(name, "bias" + of, bias, kernel.shape[vocab_axis], hidden.dtype)
-    return hidden, kernel, bias, vocab_axis
-
-
-def _divergence(options, sweep, recompute, hidden_p, kernel_p, hidden_q, kernel_q, bias_p, bias_q, weights):
-    classes = kernel_q.shape[sweep.vocab_axis]
-    arrays = {"hidden_p": hidden_p, "kernel_p": kernel_p, "hidden_q": hidden_q, "kernel_q": kernel_q}
-    dtype = compute_dtype(*(array.dtype for array in arrays.values()))
-    positions = positions_of(options, weights, None, hidden_q, hidden_q.ndim - 1, classes)
+def _divergence(
+    options: Options, sweep: Sweep, recompute: bool, p: _Layer, q: _Layer, weights: Weights
+) -> Float[Array, "..."]:
+    classes = q.kernel.shape[sweep.vocab_axis]
+    dtype = compute_dtype(*(array.dtype for array in (p.hidden, p.kernel, q.hidden, q.kernel)))
+    positions = positions_of(options, weights, None, q.hidden, q.hidden.ndim - 1, classes)
     inputs = Inputs(
-        hidden_q,
-        kernel_q,
-        bias_q,
-        labels=None,
-        class_weight=None,
-        keep=positions.keep,
-        first=positions.first,
+        hidden=q.hidden,
+        kernel=q.kernel,
+        bias=q.bias,
+        mask=positions.mask,
+        class_offset=positions.class_offset,
         temperature=weights.temperature,
-        hidden_p=hidden_p,
-        kernel_p=kernel_p,
-        bias_p=bias_p,
+        hidden_p=p.hidden,
+        kernel_p=p.kernel,
+        bias_p=p.bias,
     )
     coefficients = coefficients_of(options, weights, positions)
-    weight = denominator(options, positions, hidden_q.shape[:-1], dtype)
+    weight = denominator(options, positions, q.hidden.shape[:-1], dtype)
     loss, _, _ = loss_by_sweep(options, sweep, recompute, inputs, coefficients, weight)
-    # Elsewhere a report would make checkify fail, at the `shard_map` that is to come.
-    if covers_its_mesh(*arrays.values()):
-        row_keep = None if positions.keep is None else positions.keep[..., None]
-        loss = report_values(options, row_keep, loss, hidden_p=hidden_p, hidden_q=hidden_q)
-        biases = {"bias_p": bias_p, "bias_q": bias_q}
-        loss = report_values(options, None, loss, masked=biases, kernel_p=kernel_p, kernel_q=kernel_q, **biases)
+    # Otherwise checkify would fail on a report, at the `shard_map` of the sweep.
+    if covers_its_mesh(p.hidden, p.kernel, q.hidden, q.kernel):
+        function, row_mask = options.function, None if positions.mask is None else positions.mask[..., None]
+        loss = report_values(function, row_mask, loss, hidden_p=p.hidden, hidden_q=q.hidden)
+        biases = {"bias_p": p.bias, "bias_q": q.bias}
+        loss = report_values(function, None, loss, masked=tuple(biases), kernel_p=p.kernel, kernel_q=q.kernel, **biases)
     return loss

@@ -1,4 +1,4 @@
-"""The rules of `linear_costs` and `linear_total`: what is computed in which pass, and what is kept in between.
+"""The derivative rules of `linear_costs` and `linear_total`: which pass computes the gradients, and what it keeps.
 
 Coefficients are a dictionary from the name of a cost to an array of the positions' shape.
 """
@@ -10,153 +10,167 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jxent._core.costs import STATISTIC_NAMES
+from jxent._core.dtypes import compute_dtype
 from jxent._core.forward_mode import with_forward_mode
-from jxent._core.passes import compute_dtype
 from jxent._core.shards import scaled, shared_cotangent
 from jxent._core.weights import weigh
 from jxent._mesh.auto import depends_on_devices
 from jxent._mesh.sharded import sharded
-from jxent._sweep.sweep import Inputs, Swept
+from jxent._rows.costs import STATISTIC_NAMES
+from jxent._sweep.block import Gradients, Inputs, Sweep, Swept
+from jxent._sweep.sweep import Coefficients
 
 
-def _values(primals):
+def _values(primals: Any) -> tuple[Any, Any]:
     """(values, differentiated) of a forward rule's arguments, as `symbolic_zeros` gives them.
 
-    `differentiated` has an empty array for each input, of its dtype: of one axis if the input is differentiated, of two
-    if not. JAX may take one call's residuals apart as it does another's, so that only shapes can tell which inputs are.
+    `differentiated` has an empty array for each input, of the input's dtype. It has one axis if the input is
+    differentiated, and two if not. JAX may use the tree structure of one call's residuals for another's. So only shapes
+    can tell which inputs are differentiated.
     """
     values = jax.tree.map(lambda a: a.value, primals)
     return values, jax.tree.map(lambda a: jnp.zeros((0,) if a.perturbed else (0, 0), a.value.dtype), primals)
 
 
-def _names(differentiated):
-    return tuple(name for name, like in differentiated._asdict().items() if like is not None and like.ndim == 1)
+def _names(differentiated: Inputs) -> tuple[str, ...]:
+    """The names of the inputs that are differentiated."""
+    markers = {name: differentiated.array(name) for name in Inputs._fields}
+    return tuple(name for name, marker in markers.items() if marker is not None and marker.ndim == 1)
 
 
-def _gradients(differentiated, grads, factor=None):
-    """`Inputs` of gradients, each in its input's dtype and times a factor; None where there is none."""
-    out = dict.fromkeys(Inputs._fields)
+def _gradients(differentiated: Inputs, gradients: Gradients, factor: Array | None = None) -> Inputs:
+    """The gradients as `Inputs`, each in its input's dtype and times a factor; None for an input without one."""
+    out: dict[str, Any] = dict.fromkeys(Inputs._fields)
     for name in _names(differentiated):
-        like, grad = getattr(differentiated, name), grads[name]
-        grad = grad if factor is None else scaled(grad.astype(compute_dtype(like.dtype)), factor)
-        out[name] = grad.astype(like.dtype)
+        like, gradient = differentiated.array(name), gradients[name]
+        gradient = gradient if factor is None else scaled(gradient.astype(compute_dtype(like.dtype)), factor)
+        out[name] = gradient.astype(like.dtype)
+    if differentiated.labels is not None:
+        out["labels"] = differentiated.labels.gradient(out["labels"])
     return Inputs(**out)
 
 
-# --- the costs of each position: the gradients take a sweep of their own, in the backward pass ------------------------
+# --- the costs of each position: a second sweep computes the gradients, in the backward pass --------------------------
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _linear_costs(sweep, inputs: Inputs) -> Swept:
+def _linear_costs(sweep: Sweep, inputs: Inputs) -> Swept:
     """The costs of each position, the statistics among them, and the prediction."""
     return sharded(sweep, (), inputs, {})[0]
 
 
-def _linear_costs_fwd(sweep, primals):
+def _linear_costs_fwd(sweep: Sweep, primals: Any) -> tuple[Swept, tuple[Inputs, Inputs]]:
     inputs, differentiated = _values(primals)
     return sharded(sweep, (), inputs, {})[0], (inputs, differentiated)
 
 
-# The gradient of the sum of cotangent[i] * cost[i]: the cotangents are the coefficients.
-def _linear_costs_bwd(sweep, residuals, cotangents):
+# The gradient is that of the sum of cotangent[i] * cost[i]. So the cotangents are the coefficients of the sweep.
+def _linear_costs_bwd(sweep: Sweep, residuals: tuple[Inputs, Inputs], cotangents: Any) -> tuple[Inputs]:
     inputs, differentiated = residuals
     return (_gradients_of_costs(sweep, inputs, differentiated, cotangents[0]),)
 
 
-def _gradients_of_costs(sweep, inputs, differentiated, cotangents):
-    """Those of the costs that have a cotangent."""
+def _gradients_of_costs(sweep: Sweep, inputs: Inputs, differentiated: Inputs, cotangents: Any) -> Inputs:
+    """The gradients of the costs that have a cotangent."""
     coefficients = {name: cotangent for name, cotangent in cotangents.items() if cotangent is not None}
-    coefficients = shared_cotangent(coefficients, sweep.form.shards)
+    coefficients = shared_cotangent(coefficients, sweep.objective.shards)
     return _gradients(differentiated, sharded(sweep, _names(differentiated), inputs, coefficients)[1])
 
 
-def _linear_costs_tangent(sweep, residuals, tangents):
+def _linear_costs_tangent(sweep: Sweep, residuals: tuple[Inputs, Inputs], tangents: Inputs) -> dict[str, Array]:
     inputs, _ = residuals
     return _tangents_of_costs(sweep, inputs, tangents)
 
 
-def _tangents_of_costs(sweep, inputs, tangents):
-    """By a sweep whose blocks take the tangents of their logits, and of these those of the costs."""
-    tangents = {name: tangent for name, tangent in tangents._asdict().items() if tangent is not None}
+def _tangents_of_costs(sweep: Sweep, inputs: Inputs, tangents: Inputs) -> dict[str, Array]:
+    """The tangents, by a sweep whose blocks push tangents through their logits to their costs."""
+    of_names = {name: tangents.array(name) for name in Inputs._fields}
+    of_moving = {name: tangent for name, tangent in of_names.items() if tangent is not None}
 
-    def costs(moving):
-        return sharded(sweep, (), inputs._replace(**moving), {})[0].costs
+    def costs(moving: dict[str, Array]) -> dict[str, Array]:
+        return sharded(sweep, (), inputs.with_arrays(moving), {})[0].costs
 
-    return jax.jvp(costs, ({name: getattr(inputs, name) for name in tangents},), (tangents,))[1]
+    return jax.jvp(costs, ({name: inputs.array(name) for name in of_moving},), (of_moving,))[1]
 
 
 _linear_costs.defvjp(_linear_costs_fwd, _linear_costs_bwd, symbolic_zeros=True)
 linear_costs = with_forward_mode(_linear_costs, _linear_costs_tangent, True, depends_on_devices)
 
 
-# --- their total: one sweep takes it and its gradients, which are kept for the backward pass --------------------------
+# --- their total: one sweep computes it and its gradients, which are kept for the backward pass -----------------------
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _linear_total(sweep, inputs: Inputs, coefficients: dict[str, Array]):
+def _linear_total(sweep: Sweep, inputs: Inputs, coefficients: Coefficients) -> tuple[Any, Array | None]:
     """((the sum of the costs with these coefficients, the statistics), the prediction)."""
     costs, prediction = sharded(sweep, (), inputs, {})[0]
     return _total_and_statistics(coefficients, costs), prediction
 
 
-def _total_and_statistics(coefficients, costs):
+def _total_and_statistics(coefficients: Coefficients, costs: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
     return jnp.sum(weigh(coefficients, costs)), {name: costs[name] for name in costs if name not in coefficients}
 
 
 class Residuals(NamedTuple):
     inputs: Inputs  # for tangents, and for the gradients of the statistics
     differentiated: Inputs  # as of `_values`
-    gradients: dict[str, Any]  # of the total, for each input; those that are not differentiated are empty
+    gradients: dict[str, Any]  # of the total, for each input; an empty array if the input is not differentiated
     coefficients: dict[str, Array]
-    costs: dict[str, Array]  # those of the total
+    costs: dict[str, Array]  # the costs in the total
 
 
-def _linear_total_fwd(sweep, primals, coefficients):
+def _linear_total_fwd(sweep: Sweep, primals: Any, coefficients: Any) -> tuple[Any, Residuals]:
     inputs, differentiated = _values(primals)
     coefficients = jax.tree.map(lambda c: c.value, coefficients)
-    (costs, prediction), grads = sharded(sweep, _names(differentiated), inputs, coefficients)
-    grads = {name: grads.get(name, like) for name, like in differentiated._asdict().items() if like is not None}
-    of_total = {name: costs[name] for name in coefficients}
-    residuals = Residuals(inputs, differentiated, grads, coefficients, of_total)
+    (costs, prediction), gradients = sharded(sweep, _names(differentiated), inputs, coefficients)
+    markers = {name: differentiated.array(name) for name in Inputs._fields}
+    residuals = Residuals(
+        inputs=inputs,
+        differentiated=differentiated,
+        gradients={name: gradients.get(name, marker) for name, marker in markers.items() if marker is not None},
+        coefficients=coefficients,
+        costs={name: costs[name] for name in coefficients},
+    )
     return (_total_and_statistics(coefficients, costs), prediction), residuals
 
 
 # With coefficients c and costs of the inputs x, total = sum of c[i] cost[i](x). So d total / dx is the sweep's gradient
-# for these coefficients, whatever the cotangent, which multiplies it; and d total / dc[i] = cost[i]. The gradients of
-# statistics take a sweep of their own, if they have cotangents.
-def _linear_total_bwd(sweep, residuals, cotangents):
+# for these coefficients, and the cotangent only multiplies it; d total / dc[i] = cost[i]. If statistics have
+# cotangents, a second sweep computes their gradients.
+def _linear_total_bwd(sweep: Sweep, residuals: Residuals, cotangents: Any) -> tuple[Inputs, Coefficients]:
     to_total, to_statistics = cotangents[0]
     _, pull = jax.vjp(lambda c: jnp.sum(weigh(c, residuals.costs)), residuals.coefficients)
     parts = []
     if to_total is not None:
-        factor = shared_cotangent(to_total, sweep.form.shards)
+        factor = shared_cotangent(to_total, sweep.objective.shards)
         parts.append(_gradients(residuals.differentiated, residuals.gradients, factor))
     if any(cotangent is not None for cotangent in to_statistics.values()):
         parts.append(_gradients_of_costs(sweep, residuals.inputs, residuals.differentiated, to_statistics))
     if to_total is None:
         to_total = jnp.zeros((), jax.eval_shape(weigh, residuals.coefficients, residuals.costs).dtype)
-    return jax.tree.map(lambda *grads: sum(grads[1:], grads[0]), *parts), pull(to_total)[0]
+    return jax.tree.map(lambda *each: sum(each[1:], each[0]), *parts), pull(to_total)[0]
 
 
-# Not by the gradients that are there: the gradients of this tangent would add numbers that cancel.
-def _linear_total_tangent(sweep, residuals, of_inputs, of_coefficients):
+# The tangent does not use the gradients that are kept: the gradients of such a tangent would add numbers that cancel.
+def _linear_total_tangent(
+    sweep: Sweep, residuals: Residuals, of_inputs: Inputs, of_coefficients: Any
+) -> tuple[Array, dict[str, Array]]:
     coefficients = {name: c for name, c in of_coefficients.items() if c is not None}
     of_costs = {}
-    if any(tangent is not None for tangent in of_inputs):
+    if jax.tree.leaves(of_inputs):
         of_costs = _tangents_of_costs(sweep, residuals.inputs, of_inputs)
     tangents = {
         "costs": {name: of_costs[name] for name in residuals.costs if name in of_costs},
         "coefficients": coefficients,
     }
 
-    def weighed(moving):
+    def weighed(moving: Any) -> Array:
         return jnp.sum(weigh(residuals.coefficients | moving["coefficients"], residuals.costs | moving["costs"]))
 
     at = {part: {name: getattr(residuals, part)[name] for name in moving} for part, moving in tangents.items()}
     of_total = jax.jvp(weighed, (at,), (tangents,))[1]
     still = jnp.zeros_like(next(iter(residuals.costs.values())))
-    names = STATISTIC_NAMES if sweep.form.stats else ()
+    names = STATISTIC_NAMES if sweep.objective.stats else ()
     return of_total, {name: of_costs.get(name, still) for name in names}
 
 

@@ -1,20 +1,21 @@
-"""`next_token_labels`: labels of a language model."""
+"""`next_token_labels`, which makes the labels of a language model."""
 
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int
 
-from jxent._core.shards import by_compiler
-from jxent._loss import checks
-from jxent._loss.annotations import ArrayLike, AxisName
-from jxent._loss.axis_names import Sharded, mesh_axes
-from jxent._loss.names import known_names
-from jxent._loss.placement import CLASSES, placed
+from jxent._call import checks
+from jxent._call.annotations import ArrayLike, AxisName
+from jxent._call.axis_names import Sharded, mesh_axes
+from jxent._call.names import known_names
+from jxent._call.placement import CLASSES, placed
+from jxent._core.shards import AxisNames, Shards, by_compiler
 
 
 @known_names
@@ -23,17 +24,17 @@ def next_token_labels(
 ) -> Int[Array, "*batch length"]:
     """Labels of a language model: each token's label is the next token, and the last one is ignored.
 
-    The labels keep the tokens' length, so that hidden states and logits need no slicing, which would break their
+    The labels keep the tokens' length. So you need not slice hidden states or logits, which would break their
     sharding.
 
     Args:
       tokens: integers, the sequence on the last axis.
-      ignore_index: label of the last position; give the same to the loss.
-      axis_name: the mesh axis or axes over which the sequence is sharded. Inside `jax.shard_map` (or `jax.vmap` with an
-        axis name) the tokens are this shard's, and the label of its last token is the next shard's first token. Name
-        these axes there: types do not say which axis of an array is sharded, and without a name every shard would end
-        in `ignore_index`. Axes that shard only the batch are not named. Elsewhere the tokens are whole, and a name
-        shards them over the mesh in use.
+      ignore_index: label of the last position; pass the same to the loss.
+      axis_name: the mesh axis or axes over which the sequence is sharded. Do not name axes that shard only the batch.
+        Inside `jax.shard_map` (or `jax.vmap` with an axis name), pass this shard's tokens. The label of its last token
+        is then the next shard's first token. Without a name every shard would end in `ignore_index`, because types do
+        not say which axis of an array is sharded. Elsewhere, pass whole tokens. A name then shards them over the
+        mesh in use.
 
     Returns:
       ``labels[..., i] = tokens[..., i + 1]``, and `ignore_index` at the end, in the tokens' dtype.
@@ -61,12 +62,12 @@ def next_token_labels(
             f"{name}: ignore_index={ignore_index} does not fit into tokens of dtype {tokens.dtype}; convert them with "
             ".astype(jnp.int32)"
         )
-    over = mesh_axes(name, axis_name, Sharded("tokens", tokens, (tokens.ndim - 1,)))
-    dimensions = ((*[None] * (tokens.ndim - 1), CLASSES),)  # along what `axis_name` shards
+    over = mesh_axes(name, axis_name, Sharded(name="tokens", array=tokens, axes=(tokens.ndim - 1,)))
+    dimensions = ((*[None] * (tokens.ndim - 1), CLASSES),)  # `axis_name` shards the last axis
     return placed(name, over.placement, _shifted, (over.shards, ignore_index), (tokens,), dimensions)
 
 
-def _shifted(shards, ignore_index, tokens):
+def _shifted(shards: Shards, ignore_index: int, tokens: Array) -> Array:
     last = jnp.arange(tokens.shape[-1]) == tokens.shape[-1] - 1
     rolled = by_compiler(partial(jnp.roll, shift=-1, axis=-1), jax.typeof(tokens).sharding.spec, tokens)
     end = jnp.asarray(ignore_index, tokens.dtype)
@@ -76,11 +77,11 @@ def _shifted(shards, ignore_index, tokens):
     return jnp.where(last, end, rolled)
 
 
-def _of_next_shard(first, axis_name):
+def _of_next_shard(first: Array, axis_name: AxisNames) -> tuple[Any, Array]:
     """(whether this shard is the last, what the next shard has as `first`).
 
-    One axis after the other, because `lax.ppermute` takes several axes in the order of the mesh and not of their names:
-    the shard after the last along an axis is the first along it, one further along the axis before.
+    The loop moves `first` along one axis at a time, because `lax.ppermute` takes axes in the order of the mesh and not
+    of their names. The shard after the last along an axis is the first along it, one further along the axis before.
     """
     is_last = True
     for name in reversed(axis_name):

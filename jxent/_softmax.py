@@ -1,35 +1,37 @@
 """`logsumexp`, `softmax` and `log_softmax`, exact in value and gradient.
 
-The formulas are those of `normalizer`: log p = (x - m) - log_z with log_z = log1p(the rest of the row). Computed in at
-least float32; no temporary of the size of the logits, except that `logsumexp` with `where` writes the masked logits.
+They use the formulas of `normalizer`: log p = (x - m) - log_z with log_z = log1p(the rest of the row), computed in at
+least float32. No temporary array has the size of the logits, except the masked logits of `logsumexp` with `where`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jxent._core import targets
+from jxent._call import checks
+from jxent._call.annotations import ArrayLike, AxisName
+from jxent._call.axis_names import Sharded, mesh_axes
+from jxent._call.names import known_names
+from jxent._call.placement import CLASSES, placed
+from jxent._core.dtypes import compute_dtype
 from jxent._core.forward_mode import moving_where, with_forward_mode
-from jxent._core.normalizer import normalizer
-from jxent._core.passes import Arrays, Moving, Passes, compute_dtype
 from jxent._core.shards import (
     Shards,
     cast,
+    class_offset,
     each_shards_own,
-    first_class,
     shared_cotangent,
     varying_together,
 )
-from jxent._loss import checks
-from jxent._loss.annotations import ArrayLike, AxisName
-from jxent._loss.axis_names import Sharded, mesh_axes
-from jxent._loss.names import known_names
-from jxent._loss.placement import CLASSES, placed
+from jxent._rows import targets
+from jxent._rows.normalizer import normalizer
+from jxent._rows.passes import Arrays, Class, Logits, Moving, Passes, Row
 
 Axis = int | tuple[int, ...] | None
 
@@ -50,11 +52,11 @@ def logsumexp(
       axis: the axis or axes to sum over; None for all.
       where: boolean, broadcasts to the logits; classes to include.
       keepdims: keep the summed axes with size 1.
-      axis_name: the mesh axis or axes over which `axis` is sharded; the sum is over all shards. Inside `jax.shard_map`
-        the logits are this shard's; elsewhere they are whole, and the first of several axes is sharded over the mesh.
+      axis_name: the mesh axis or axes over which `axis` is sharded; the sum is over all shards. Inside `jax.shard_map`,
+        pass this shard's logits. Elsewhere, pass whole logits; the mesh shards the first of several axes.
 
     Returns:
-      The logits' shape without `axis`, in the logits' dtype; -inf where nothing is summed, with a gradient of 0.
+      The logits' shape without `axis`, in the logits' dtype. A row without classes has -inf, with a gradient of 0.
 
     Raises:
       TypeError: an argument of the wrong type or dtype.
@@ -138,24 +140,38 @@ def log_softmax(
 
 
 class _Classes(NamedTuple):
-    """Where the classes are; static."""
+    """The axes and shards of the classes; static."""
 
     axis: tuple[int, ...]
     shards: Shards
 
 
-def _call(name, function, logits, axis, where, axis_name, keepdims=True):
-    logits = checks.floating(name, "logits", logits)
-    where = checks.mask(name, where, logits.shape, "the logits", "compare it (mask != 0)")
+def _call(
+    name: str,
+    function: Callable[..., Any],
+    given: ArrayLike,
+    axis: Axis,
+    where: ArrayLike | None,
+    axis_name: AxisName | None,
+    keepdims: bool = True,
+) -> Array:
+    logits = checks.floating(name, "logits", given)
+    mask = checks.mask(name, where, logits.shape, "the logits", "compare it (mask != 0)")
     axes = checks.class_axes(name, logits, axis)
-    over = mesh_axes(name, axis_name, Sharded("logits", logits, axes))
-    # Over axes of a mesh the first class axis is sharded.
+    over = mesh_axes(name, axis_name, Sharded(name="logits", array=logits, axes=axes))
+    # A mesh shards the first class axis.
     dimensions = tuple(CLASSES if a in axes[:1] else None for a in range(logits.ndim))
-    static = function, _Classes(axes, over.shards), keepdims
-    return placed(name, over.placement, _masked, static, (logits, where), (dimensions, dimensions))
+    static = function, _Classes(axis=axes, shards=over.shards), keepdims
+    return placed(name, over.placement, _masked, static, (logits, mask), (dimensions, dimensions))
 
 
-def _masked(function, classes, keepdims, logits, where):
+def _masked(
+    function: Callable[..., Any],
+    classes: _Classes,
+    keepdims: bool,
+    logits: Logits,
+    where: Bool[Array, "*#shape"] | None,
+) -> Array:
     if where is not None:
         logits = jnp.where(where, logits, -jnp.inf)
     out, _ = function(classes, cast(logits, varying_together(logits, axis_name=classes.shards.axis_name)))
@@ -163,35 +179,40 @@ def _masked(function, classes, keepdims, logits, where):
 
 
 class _Residuals(NamedTuple):
-    logits: Array
-    top: Array
-    log_z: Array
+    logits: Logits
+    row_max: Row
+    log_z: Row
 
-    def passes(self, classes, g=None):
-        """Passes over the logits, and over the cotangent `g` of the result if there is one, as `Class.q`."""
-        arrays = Arrays(self.logits, g, top=self.top, log_z=self.log_z)
-        return Passes(arrays, classes.axis, self.top.dtype, None, classes.shards.axis_name, previous=self.log_z)
+    def passes(self, classes: _Classes, g: Logits | None = None) -> Passes:
+        """Passes over the logits. If the result has a cotangent `g`, the passes have it as `Class.q`."""
+        return Passes(
+            arrays=Arrays(logits=self.logits, q=g, row_max=self.row_max, log_z=self.log_z),
+            axis=classes.axis,
+            dtype=self.row_max.dtype,
+            axis_name=classes.shards.axis_name,
+            previous=self.log_z,
+        )
 
 
-def _normalizer(classes, logits):
+def _normalizer(classes: _Classes, logits: Logits) -> tuple[Row, _Residuals]:
     """(log_normalizer, `_Residuals`)."""
     dtype = compute_dtype(logits.dtype)
     row = normalizer(logits, None, classes.axis, None, dtype, False, classes.shards.axis_name)
-    return row.log_normalizer, _Residuals(logits, row.top, row.log_z)
+    return row.log_normalizer, _Residuals(logits=logits, row_max=row.row_max, log_z=row.log_z)
 
 
-def _mapped(term, classes, logits):
+def _mapped(term: Callable[[Class], Array], classes: _Classes, logits: Logits) -> tuple[Array, _Residuals]:
     """(the array of a term, in the logits' dtype, and `_Residuals`)."""
     _, residuals = _normalizer(classes, logits)
     return residuals.passes(classes).map(term).astype(logits.dtype), residuals
 
 
-def _moved(classes, residuals, dlogits):
-    """(passes that know the tangents, the tangent of log_z, that of the largest logit), see `Class.dz`."""
+def _moved(classes: _Classes, residuals: _Residuals, dlogits: Logits) -> tuple[Passes, Row, Row]:
+    """(passes that know the tangents, the tangent of log_z, the tangent of the largest logit), see `Class.dz`."""
     passes = residuals.passes(classes)
-    passes.moving(Moving(dlogits))
+    passes.moving(Moving(logits=dlogits))
     reference = passes.mean_at_max(lambda c: c.dx)
-    passes.moving(Moving(dlogits, reference=reference))
+    passes.moving(Moving(logits=dlogits, reference=reference))
     return passes, passes.sum(lambda c: c.p * c.dz), reference
 
 
@@ -199,23 +220,23 @@ def _moved(classes, residuals, dlogits):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _logsumexp_rule(classes, logits):
+def _logsumexp_rule(classes: _Classes, logits: Logits) -> tuple[Array, None]:
     return _logsumexp_fwd(classes, logits)[0]
 
 
-def _logsumexp_fwd(classes, logits):
+def _logsumexp_fwd(classes: _Classes, logits: Logits) -> tuple[tuple[Array, None], _Residuals]:
     log_normalizer, residuals = _normalizer(classes, logits)
     out = log_normalizer.astype(logits.dtype)
-    return (each_shards_own(out, classes.shards, first_class(classes.shards, 1)), None), residuals
+    return (each_shards_own(out, classes.shards, class_offset(classes.shards, 1)), None), residuals
 
 
-def _logsumexp_bwd(classes, residuals, cotangents):
+def _logsumexp_bwd(classes: _Classes, residuals: _Residuals, cotangents: Any) -> tuple[Logits]:
     cotangent = shared_cotangent(cotangents[0], classes.shards)
     p = residuals.passes(classes).map(lambda c: c.p)
     return ((cotangent.astype(p.dtype) * p).astype(residuals.logits.dtype),)
 
 
-def _logsumexp_tangent(classes, residuals, dlogits):
+def _logsumexp_tangent(classes: _Classes, residuals: _Residuals, dlogits: Logits) -> Array:
     _, log_z, reference = _moved(classes, residuals, dlogits)
     return (log_z + reference).astype(dlogits.dtype)
 
@@ -226,26 +247,26 @@ _logsumexp = with_forward_mode(_logsumexp_rule, _logsumexp_tangent)
 
 # --- softmax: with cotangent g, dx[j] = p[j] (g[j] - sum of p g) ------------------------------------------------------
 #
-# Where one class has p near 1, g[j] - sum of p g cancels for it. Any constant may be taken off g; with the g of the
-# largest logit (their mean, if several are largest) that class's term of the sum is 0, and nothing cancels. The same
-# formula has the tangents: the Jacobian is symmetric.
+# If one class has p near 1, g[j] - sum of p g cancels for this class. Any constant may be subtracted from g. With the g
+# of the largest logit (the mean, if several are largest), this class adds 0 to the sum, and nothing cancels. Tangents
+# have the same formula, because the Jacobian is symmetric.
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _softmax_rule(classes, logits):
+def _softmax_rule(classes: _Classes, logits: Logits) -> tuple[Array, None]:
     return _softmax_fwd(classes, logits)[0]
 
 
-def _softmax_fwd(classes, logits):
+def _softmax_fwd(classes: _Classes, logits: Logits) -> tuple[tuple[Array, None], _Residuals]:
     out, residuals = _mapped(lambda c: c.p, classes, logits)
     return (out, None), residuals
 
 
-def _softmax_bwd(classes, residuals, cotangents):
+def _softmax_bwd(classes: _Classes, residuals: _Residuals, cotangents: Any) -> tuple[Logits]:
     return (_softmax_tangent(classes, residuals, cotangents[0]),)
 
 
-def _softmax_tangent(classes, residuals, direction):
+def _softmax_tangent(classes: _Classes, residuals: _Residuals, direction: Logits) -> Array:
     passes = residuals.passes(classes, direction)
     center = passes.mean_at_max(lambda c: c.q)
     mean = passes.sum(lambda c, center: c.p * (c.q - center), center)
@@ -259,27 +280,27 @@ _softmax = with_forward_mode(_softmax_rule, _softmax_tangent)
 
 # --- log_softmax: with cotangent g, dx[j] = g[j] - p[j] sum of g ------------------------------------------------------
 #
-# Minus the gradient of a target (`targets`) with the shares g. A masked class (-inf) takes no part: its g is left out.
+# It is minus the gradient of a target (`targets`) with the shares g. The g of a masked class (-inf) is left out.
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _log_softmax_rule(classes, logits):
+def _log_softmax_rule(classes: _Classes, logits: Logits) -> tuple[Array, None]:
     return _log_softmax_fwd(classes, logits)[0]
 
 
-def _log_softmax_fwd(classes, logits):
+def _log_softmax_fwd(classes: _Classes, logits: Logits) -> tuple[tuple[Array, None], _Residuals]:
     out, residuals = _mapped(lambda c: moving_where(~c.masked, c.log_p), classes, logits)
     return (out, None), residuals
 
 
-def _log_softmax_bwd(classes, residuals, cotangents):
+def _log_softmax_bwd(classes: _Classes, residuals: _Residuals, cotangents: Any) -> tuple[Logits]:
     passes = residuals.passes(classes, cotangents[0])
     sums = targets.sums(passes, lambda c: c.present * c.q)
-    grad = passes.map(lambda c, sums: jnp.where(c.masked, 0, -targets.pull(c, c.q, sums)), sums)
+    grad = passes.map(lambda c, sums: jnp.where(c.masked, 0, -targets.gradient(c, c.q, sums)), sums)
     return (grad.astype(residuals.logits.dtype),)
 
 
-def _log_softmax_tangent(classes, residuals, dlogits):
+def _log_softmax_tangent(classes: _Classes, residuals: _Residuals, dlogits: Logits) -> Array:
     passes, log_z, _ = _moved(classes, residuals, dlogits)
     moved = passes.map(lambda c, log_z: jnp.where(c.masked, 0, c.dz - log_z), log_z)
     return moved.astype(residuals.logits.dtype)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jxent
-from jxent._core.passes import blocks_in
+from jxent._backend.cpu import blocks_in
 from jxent._sweep.blocks import blocks_of, not_repeated, put, take
 
 

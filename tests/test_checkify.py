@@ -12,7 +12,7 @@ from bad_labels import BAD, BAD_LABELS, OPTION_SETS, OPTIONS, with_label
 from jax.experimental import checkify
 
 import jxent
-from jxent._loss import reports
+from jxent._core import reports
 
 
 def checked(call):
@@ -213,7 +213,7 @@ def test_without_checkify_the_check_costs_nothing(function, labels, monkeypatch)
     assert "jxent_reported" in str(traced.jaxpr)
     assert not traced.jaxpr.effects
     jax.clear_caches()
-    monkeypatch.setattr(reports, "_reported", lambda report, labels, array, keep=None: labels)
+    monkeypatch.setattr(reports.reported_p, "bind", lambda through, *_, **__: through)
     unchecked = call.trace(LOGITS, labels)
     assert "jxent_reported" not in str(unchecked.jaxpr)
     assert unchecked.lower().compile().cost_analysis() == traced.lower().compile().cost_analysis()

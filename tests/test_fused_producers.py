@@ -60,7 +60,7 @@ def test_one_feature():
 
 
 # The logits are near 1e4, so that what is not rounded is 1e-3 of it.
-@pytest.mark.parametrize("positions, classes", [(300, 1000), (9, 3)])
+@pytest.mark.parametrize(("positions", "classes"), [(300, 1000), (9, 3)])
 def test_one_feature_with_large_logits(positions, classes):
     rng = np.random.default_rng(0)
     hidden = (3 + np.abs(rng.normal(size=(positions, 1)))).astype(np.float32)

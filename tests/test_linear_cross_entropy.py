@@ -177,8 +177,8 @@ def test_block_size_changes_nothing(shape, reduction):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_a_block_is_traced_once(monkeypatch, reduction):
     """In each sweep: for the platform of lowering alone, and not for the shapes of the results."""
-    traced, block = [], sweep._block
-    monkeypatch.setattr(sweep, "_block", lambda *args: traced.append(args) or block(*args))
+    traced, block = [], sweep.block_of
+    monkeypatch.setattr(sweep, "block_of", lambda *args: traced.append(args) or block(*args))
     hidden, kernel, _, labels = arrays((39,), 2, 3, dtype=np.float32)
 
     def loss(hidden):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import jxent
-from jxent._loss.elsewhere import ELSEWHERE
+from jxent._call.elsewhere import ELSEWHERE
 
 LINES = (Path(__file__).parent / "names_elsewhere.txt").read_text(encoding="utf-8").splitlines()
 FUNCTIONS = [name for name in jxent.__all__ if name.islower()]

@@ -1,1 +1,1 @@
-"""The mathematics of a row of logits: its normalizer, the costs of its position, and their gradients."""
+"""Helpers that the other folders use: derivatives, shards, class indices, dtypes, weights and fault reports."""

@@ -1,21 +1,22 @@
-"""JAX's settings as they were where a loss was traced, for what is traced again later.
+"""JAX's settings as they were when a loss was traced, for functions that JAX traces again later.
 
-A primitive may be lowered, partitioned or transposed outside of the caller's `with` blocks.
+JAX may lower, partition or transpose a primitive outside of the caller's `with` blocks.
 """
 
 import contextlib
+from collections.abc import Callable, Generator
 from typing import Any
 
 import jax
 
 
-def traced_config():
-    """A function that returns a context manager, within which these settings are as they are now."""
+def traced_config() -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """A function that returns a context manager, which restores the present x64 and matmul precision settings."""
     config: Any = jax.config
     x64, matmul_precision = config.jax_enable_x64, config.jax_default_matmul_precision
 
     @contextlib.contextmanager
-    def traced():
+    def traced() -> Generator[None, None, None]:
         with jax.enable_x64(x64), jax.default_matmul_precision(matmul_precision):
             yield
 

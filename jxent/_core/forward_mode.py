@@ -1,16 +1,16 @@
 """Forward mode for the functions whose gradients are `custom_vjp` rules.
 
-JAX refuses to push tangents through a `custom_vjp`. So each rule here is wrapped in a `custom_jvp`. Its tangents come
-from one primitive, which is linear in them: evaluated it is the rule's tangent formula, and transposed it is the `bwd`
-of the rule. `jax.jvp` meets the former and `jax.grad` the latter, with the residuals of the rule's `fwd`; so gradients
-cost what those of the `custom_vjp` alone would.
+JAX refuses to push tangents through a `custom_vjp`. So this file wraps each rule in a `custom_jvp`. The tangents come
+from one linear primitive. Evaluated, the primitive is the rule's tangent formula, and transposed, the rule's `bwd`.
+`jax.jvp` evaluates it and `jax.grad` transposes it, both with the residuals of the rule's `fwd`. So a gradient costs
+the same as with the `custom_vjp` alone.
 
-Further derivatives, of the residuals, are those of the code: of `fwd`, of `bwd` and of the tangent formula.
+For further derivatives JAX differentiates the code of `fwd`, `bwd` and the tangent formula, also by the residuals.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial, wraps
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -27,21 +27,25 @@ from jxent._core.weights import only
 T = TypeVar("T")
 
 
-def with_forward_mode(rule, tangent, symbolic_zeros=False, program=None):
-    """`rule`, which can be differentiated forwards too.
+def with_forward_mode(
+    rule: Any, tangent: Callable[..., Any], symbolic_zeros: bool = False, program: Callable[[], Any] | None = None
+) -> Callable[..., Any]:
+    """`rule`, with forward-mode derivatives too.
 
-    `rule` is a `custom_vjp` function of (static, *arguments), trees of arrays, that returns a pair (what has gradients,
-    what has none); `symbolic_zeros` is that of its `defvjp`. ``tangent(static, residuals, *tangents)`` returns the
-    tangents of what has gradients. It is linear in those of the arguments, which are None where an array does not move.
-    Likewise the rule's `bwd` meets None for a cotangent of 0, if another is not. `program` returns that of `linear`.
+    `rule` is a `custom_vjp` function of (static, *arguments), trees of arrays. It returns a pair (results with
+    gradients, results without). `symbolic_zeros` is the option of the rule's `defvjp`.
+
+    ``tangent(static, residuals, *tangents)`` returns the tangents of the results with gradients. It is linear in the
+    arguments' tangents, which are None for constant arrays. The rule's `bwd` gets None for a cotangent of 0, unless all
+    are 0. `program` returns the `program` of `linear`.
     """
 
     @partial(jax.custom_jvp, nondiff_argnums=(0,))
     @wraps(rule)
-    def function(static, *primals):
+    def function(static: Any, *primals: Any) -> Any:
         return mapped_with(rule(static, *primals), primals)
 
-    def jvp(static, primals, tangents):
+    def jvp(static: Any, primals: Any, tangents: Any) -> tuple[Any, Any]:
         leaves, tree = jax.tree.flatten(primals)
         directions = tree.flatten_up_to(tangents)
         moving = [i for i, direction in enumerate(directions) if not isinstance(direction, SymbolicZero)]
@@ -55,14 +59,14 @@ def with_forward_mode(rule, tangent, symbolic_zeros=False, program=None):
         out_tree = jax.tree.structure(out)
         kept, kept_tree = jax.tree.flatten(residuals)
 
-        def apply(kept, directions):
+        def apply(kept: Sequence[Any], directions: Sequence[Any]) -> Sequence[Any]:
             every = [None] * tree.num_leaves
             for i, direction in zip(moving, directions, strict=True):
                 every[i] = direction
             moved = tangent(static, kept_tree.unflatten(kept), *tree.unflatten(every))
             return tree_of_differentiable.flatten_up_to(moved)
 
-        def transpose(kept, cotangents):
+        def transpose(kept: Sequence[Any], cotangents: Sequence[Any]) -> Sequence[Any]:
             gradients = rule.bwd(static, kept_tree.unflatten(kept), out_tree.unflatten([*cotangents, *still]))
             gradients = tree.flatten_up_to(gradients)
             return [gradients[i] for i in moving]
@@ -75,18 +79,18 @@ def with_forward_mode(rule, tangent, symbolic_zeros=False, program=None):
     return function
 
 
-def in_one_piece(function: Callable[..., T], plain: Callable[..., T], *operands) -> T:
-    """``function(*operands)``, which JAX does not take apart while it separates values from tangents.
+def in_one_piece(function: Callable[..., T], plain: Callable[..., T], *operands: Any) -> T:
+    """``function(*operands)``, which JAX does not take apart when it separates values from tangents.
 
-    It would look for what does not change in a loop of the function, and so lose the `custom_jvp` rules in it.
-    Tangents of any order are those of the function. What is transposed, for gradients, and what `jax.vmap` maps is
-    `plain`, which returns the same by operations that have a transpose.
+    JAX would look for values that are constant in a loop of the function, and so lose the `custom_jvp` rules in the
+    loop. `plain` returns the same results by operations that have a transpose. JAX uses `plain` for gradients and under
+    `jax.vmap`, and `function` for tangents of any order.
     """
     leaves, tree = jax.tree.flatten(operands)
     structures = []  # of the results, known once the function has been traced
 
-    def flat(function):
-        def in_one_piece(*leaves):  # a name that jaxprs show
+    def flat(function: Callable[..., Any]) -> Callable[..., Any]:
+        def in_one_piece(*leaves: Array) -> Sequence[Any]:  # a name that jaxprs show
             out, structure = jax.tree.flatten(function(*tree.unflatten(leaves)))
             structures.append(structure)
             return out
@@ -98,8 +102,8 @@ def in_one_piece(function: Callable[..., T], plain: Callable[..., T], *operands)
     return structures[0].unflatten(out)
 
 
-def _in_one_piece(function, plain, leaves):
-    def jvp(primals, tangents):
+def _in_one_piece(function: Callable[..., Any], plain: Callable[..., Any], leaves: Sequence[Any]) -> Sequence[Any]:
+    def jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
         moving = [i for i, tangent in enumerate(tangents) if not isinstance(tangent, SymbolicZero)]
         along = [tangents[i] for i in moving]
         if function is plain:
@@ -108,15 +112,15 @@ def _in_one_piece(function, plain, leaves):
         out = rule(*primals)
         floats = [i for i, array in enumerate(out) if jnp.issubdtype(array.dtype, jnp.floating)]
 
-        def pushed(function, *both):
+        def pushed(function: Callable[..., Any], *both: Array) -> Sequence[Any]:
             at, directions = both[: len(primals)], both[len(primals) :]
             moved = jvp_of_moving(function, moving, at, directions)[1]
             return [moved[i] for i in floats]
 
-        def apply(primals, directions):
+        def apply(primals: Any, directions: Sequence[Any]) -> Sequence[Any]:
             return _in_one_piece(partial(pushed, function), partial(pushed, plain), [*primals, *directions])
 
-        def transpose(primals, cotangents):
+        def transpose(primals: Any, cotangents: Sequence[Any]) -> Sequence[Any]:
             moved = partial(pushed, plain, *primals)
             return jax.linear_transpose(moved, *(primals[i] for i in moving))(cotangents)
 
@@ -130,22 +134,24 @@ def _in_one_piece(function, plain, leaves):
     return rule(*leaves)
 
 
-def plain_under_vmap(function, plain):
-    """`function`, but `plain` where `jax.vmap` maps: a list of arrays of arrays."""
+def plain_under_vmap(function: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, but `plain` under `jax.vmap`. Both take arrays and return a list of arrays."""
     mapped = custom_vmap(function)
 
     @mapped.def_vmap
-    def _(size, is_mapped, *arrays):
+    def _(size: int, is_mapped: Any, *arrays: Array) -> tuple[Any, Any]:
         out = jax.vmap(plain, [0 if each else None for each in is_mapped], axis_size=size)(*arrays)
         return out, [True] * len(out)
 
     return mapped
 
 
-def jvp_of_moving(function, moving, arrays, tangents):
-    """(``function(*arrays)``, its tangents), where the arrays at the places `moving` have these tangents."""
+def jvp_of_moving(
+    function: Callable[..., Any], moving: Sequence[int], arrays: Sequence[Any], tangents: Any
+) -> tuple[Any, Any]:
+    """(``function(*arrays)``, its tangents). The arrays with the numbers `moving` have these tangents."""
 
-    def of_moving(*moved):
+    def of_moving(*moved: Array) -> Any:
         every = dict(enumerate(arrays)) | dict(zip(moving, moved, strict=True))
         return function(*every.values())
 
@@ -153,25 +159,25 @@ def jvp_of_moving(function, moving, arrays, tangents):
 
 
 @jax.custom_jvp
-def moving_where(mask, array):
-    """The array, which to differentiation is a constant where the mask is False."""
+def moving_where(mask: Array, array: Array) -> Array:
+    """The array, as a constant for differentiation where the mask is False."""
     return mapped_with(array, mask)
 
 
 @moving_where.defjvp
-def _moving_where_jvp(primals, tangents):
+def _moving_where_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     return moving_where(*primals), only(primals[0], tangents[1])
 
 
 # --- a value that `jax.vmap` maps wherever it maps its tangent --------------------------------------------------------
 
 
-def mapped_with(values: T, operands) -> T:
-    """The values, trees of arrays, which `jax.vmap` is to map wherever it maps any of the operands.
+def mapped_with(values: T, operands: Any) -> T:
+    """The values, trees of arrays, which `jax.vmap` maps if it maps any of the operands.
 
-    For the values of a `custom_jvp` function. If its tangent takes an operand that its value ignores, such as a mask,
-    `jax.vmap` over that operand would map the tangent alone. JAX then raises, or returns wrong numbers. To a compiler
-    this is nothing.
+    Use this on the values of a `custom_jvp` function. If the tangent takes an operand that the value ignores, such as a
+    mask, `jax.vmap` over that operand would map only the tangent. JAX then raises, or returns wrong numbers. The
+    compiled program contains nothing of this.
     """
     leaves, tree = jax.tree.flatten(values)
     return tree.unflatten(mapped_with_p.bind(*leaves, *jax.tree.leaves(operands), number=len(leaves)))
@@ -182,34 +188,34 @@ mapped_with_p.multiple_results = True
 
 
 @mapped_with_p.def_impl
-def _values(*operands, number):
+def _values(*operands: Any, number: int) -> Sequence[Any]:
     return list(operands[:number])
 
 
 @mapped_with_p.def_abstract_eval
-def _types_of_values(*operands, number):
+def _types_of_values(*operands: Any, number: int) -> Sequence[Any]:
     return list(operands[:number])
 
 
-def _jvp_of_values(primals, tangents, *, number):
+def _jvp_of_values(primals: Any, tangents: Any, *, number: int) -> tuple[Any, Any]:
     return mapped_with_p.bind(*primals, number=number), tangents[:number]
 
 
-def _transpose_of_values(cotangents, *operands, number):
+def _transpose_of_values(cotangents: Sequence[Any], *operands: Any, number: int) -> Sequence[Any]:
     return [*cotangents, *[None] * (len(operands) - number)]
 
 
-def _map_values(axis_data, operands, axes, *, number):
+def _map_values(axis_data: Any, operands: Any, axes: Any, *, number: int) -> tuple[Any, Any]:
     at = next((i for i, axis in enumerate(axes) if axis is not None), None)
     if at is None:
         return mapped_with_p.bind(*operands, number=number), [None] * number
     names = {"axis_name": axis_data.name, "axis_size": axis_data.size, "spmd_axis_name": axis_data.spmd_name}
 
-    def value_of_each(value, axis):
+    def value_of_each(value: Array, axis: int | None) -> Array:
         return value if axis is not None else jax.vmap(lambda _: value, (axes[at],), **names)(operands[at])
 
     values = [value_of_each(*pair) for pair in zip(operands[:number], axes, strict=False)]
-    # Bound again: another `jax.vmap` around this one may map other operands.
+    # The primitive is bound again, because a `jax.vmap` around this one may map other operands.
     return mapped_with_p.bind(*values, *operands[number:], number=number), [axis or 0 for axis in axes[:number]]
 
 
@@ -223,51 +229,60 @@ mlir.register_lowering(mapped_with_p, mlir.lower_fun(_values, multiple_results=T
 
 
 class Map(NamedTuple):
-    """Lists of arrays from (residuals, directions), linear in the directions, and from (residuals, cotangents)."""
+    """A linear map of directions and its transpose, a map of cotangents. Both also take residuals."""
 
-    apply: Callable[[list[Array], list[Array]], list[Array]]
-    transpose: Callable[[list[Array], list[Array | None]], list[Array]]
+    apply: Callable[[Sequence[Any], Sequence[Any]], Sequence[Any]]
+    transpose: Callable[[Sequence[Any], Sequence[Any]], Sequence[Any]]
     symbolic_zeros: bool  # whether `transpose` takes None for a cotangent of 0, if others are not
 
 
 linear_p = Primitive("jxent_linear")
 linear_p.multiple_results = True
-# JAX would rewrite a primitive whose program has rules of its new kinds (`jax_custom_jvp3`, `jax_custom_vjp3`) before
-# lowering, and would need a rule for that. This one needs none: its operands are arrays, and lowering traces it anew.
+# Before lowering, JAX rewrites a primitive whose program has custom rules of the new kinds (`jax_custom_jvp3`,
+# `jax_custom_vjp3`), and needs a rule for the rewrite. This primitive can skip the rewrite, because its operands are
+# arrays and lowering traces its program again.
 linear_p.is_high = lambda *_, **__: False
 
 
-def linear(apply, transpose, residuals, directions, like, program=None, symbolic_zeros=False):
-    """``apply(residuals, directions)``, whose results have the types of `like`, and whose transpose is known.
+def linear(
+    apply: Callable[..., Any],
+    transpose: Callable[..., Any],
+    residuals: Sequence[Any],
+    directions: Sequence[Any],
+    like: Sequence[Any],
+    program: Any = None,
+    symbolic_zeros: bool = False,
+) -> Sequence[Any]:
+    """``apply(residuals, directions)`` with the given transpose. Results have the types of `like`.
 
-    `apply` is traced where it is needed, which is not for a gradient. So that JAX sees what its lowering depends on, it
-    can be given a `program` that depends on the same.
+    JAX traces `apply` when it evaluates the tangents, which a gradient does not need. The lowering may depend on more
+    than the operands. JAX sees this if a `program` with the same dependencies is given.
     """
     config, axes = traced_config(), [varying(array) for array in like]
 
-    def alike(residuals, directions):
+    def alike(residuals: Sequence[Any], directions: Sequence[Any]) -> Sequence[Any]:
         with config():
             return [cast(*result) for result in zip(apply(residuals, directions), axes, strict=True)]
 
     types = tuple(jax.typeof(array) for array in like)
-    map = Map(alike, transpose, symbolic_zeros)
+    map = Map(apply=alike, transpose=transpose, symbolic_zeros=symbolic_zeros)
     return linear_p.bind(*residuals, *directions, map=map, number=len(residuals), types=types, program=program)
 
 
 @linear_p.def_impl
-def _apply(*operands, map, number, types, program):
+def _apply(*operands: Any, map: Any, number: int, types: Any, program: Any) -> Sequence[Any]:
     del types, program
     return map.apply(list(operands[:number]), list(operands[number:]))
 
 
 @linear_p.def_abstract_eval
-def _types(*operands, map, number, types, program):
+def _types(*operands: Any, map: Any, number: int, types: Any, program: Any) -> Any:
     del operands, map, number, program
     return types
 
 
-def _jvp(primals, tangents, **params):
-    """The tangent is linear in the residuals' tangents and in those of the directions: the sum of the two parts."""
+def _jvp(primals: Any, tangents: Any, **params: Any) -> tuple[Any, Any]:
+    """The sum of two parts, one for the tangents of the residuals and one for the tangents of the directions."""
     map, number = params["map"], params["number"]
     residuals, directions = list(primals[:number]), list(primals[number:])
     moving = [i for i, tangent in enumerate(tangents) if type(tangent) is not ad.Zero]
@@ -277,7 +292,7 @@ def _jvp(primals, tangents, **params):
         parts.append(linear_p.bind(*residuals, *directions_moved, **params))
     if moving_residuals := [i for i in moving if i < number]:
 
-        def of_residuals(*residuals):
+        def of_residuals(*residuals: Array) -> Sequence[Any]:
             return map.apply(list(residuals), directions)
 
         moved = [tangents[i] for i in moving_residuals]
@@ -285,7 +300,9 @@ def _jvp(primals, tangents, **params):
     return linear_p.bind(*primals, **params), [sum(part[1:], part[0]) for part in zip(*parts, strict=True)]
 
 
-def _transpose(cotangents, *operands, map, number, types, program):
+def _transpose(
+    cotangents: Sequence[Any], *operands: Any, map: Any, number: int, types: Any, program: Any
+) -> Sequence[Any]:
     del types, program
     residuals, directions = operands[:number], operands[number:]
     given = [None if type(cotangent) is ad.Zero else cotangent for cotangent in cotangents]
@@ -296,8 +313,10 @@ def _transpose(cotangents, *operands, map, number, types, program):
     return [None] * number + [g if is_wanted else None for g, is_wanted in zip(gradients, wanted, strict=True)]
 
 
-def _batched(axis_data, operands, axes, *, map, number, types, program):
-    if all(axis is None for axis in axes):  # JAX asks then too
+def _batched(
+    axis_data: Any, operands: Any, axes: Any, *, map: Any, number: int, types: Any, program: Any
+) -> tuple[Any, Any]:
+    if all(axis is None for axis in axes):  # JAX calls this rule then too
         return linear_p.bind(*operands, map=map, number=number, types=types, program=program), [None] * len(types)
     names = {"axis_name": axis_data.name, "axis_size": axis_data.size, "spmd_axis_name": axis_data.spmd_name}
     vmap = partial(jax.vmap, **names)
@@ -305,16 +324,16 @@ def _batched(axis_data, operands, axes, *, map, number, types, program):
     mapped = [None if axis is None else 0 for axis in axes]
     of_residuals, of_directions = mapped[:number], mapped[number:]
 
-    def apply(residuals, directions):
+    def apply(residuals: Sequence[Any], directions: Sequence[Any]) -> Sequence[Any]:
         return vmap(map.apply, (of_residuals, of_directions))(residuals, directions)
 
-    def transpose(residuals, cotangents):
+    def transpose(residuals: Sequence[Any], cotangents: Sequence[Any]) -> Sequence[Any]:
         gradients = vmap(map.transpose, (of_residuals, 0))(residuals, cotangents)
-        # A direction that all examples share has the sum of their gradients.
+        # If all examples share a direction, its gradient is the sum over the examples.
         return [g if axis == 0 else jnp.sum(g, 0) for g, axis in zip(gradients, of_directions, strict=True)]
 
     types = tuple(jax.make_jaxpr(lambda *o: apply([*o[:number]], [*o[number:]]))(*operands).out_avals)
-    map_of_all = Map(apply, transpose, map.symbolic_zeros)
+    map_of_all = Map(apply=apply, transpose=transpose, symbolic_zeros=map.symbolic_zeros)
     out = linear_p.bind(*operands, map=map_of_all, number=number, types=types, program=program)
     return out, [0] * len(out)
 

@@ -1,61 +1,79 @@
-"""What one device of a mesh does: the sweep over its shards, and the sums of the gradients over the other devices.
+"""The work of one device of a mesh: it sweeps over its shards, and sums gradients with the other devices.
 
-Left to XLA, the loop over blocks may sum the kernel's gradient over the devices in every block, and gather a kernel
-whose features are sharded (FSDP) there too. Here a device runs the sweep on its shards. A kernel that is sharded over
-an axis of the positions is gathered before; gradients are summed over devices, and scattered again, after. What moves
-inside the loop is one number per position and sum over classes.
+XLA alone might sum the kernel's gradient over the devices in every block of the loop. It might also gather a kernel
+whose features are sharded (FSDP) in every block. Here a device runs the sweep on its shards. Before the sweep, it
+gathers a kernel that is sharded over an axis of the positions. After the sweep, gradients are summed over devices and
+scattered again. Inside the loop, devices exchange one number per position and sum over classes.
 """
 
 import math
+from collections.abc import Callable, Container, Mapping
 from functools import partial
+from typing import Any
 
-import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 from jax.sharding import PartitionSpec
 
-from jxent._core.passes import on_cpu
-from jxent._core.shards import Shards, by_compiler, first_class, total
-from jxent._mesh.layout import dimensions, result_dimensions
-from jxent._sweep.sweep import swept, swept_shapes
+from jxent._backend.backend import Backend
+from jxent._backend.platform import by_platform, itself
+from jxent._core.shards import AxisNames, Shards, by_compiler, class_offset, total
+from jxent._mesh.layout import Layout, dimensions, result_dimensions
+from jxent._sweep.block import Gradients, Inputs, Sweep, Swept
+from jxent._sweep.sweep import Coefficients, swept, swept_shapes
 
 
-def on_each_device(sweep, asked, sizes, plan, others, inputs, coefficients, cpu=None):
-    """`swept` of this device's shards, on a mesh of these axis sizes and by this `Layout`.
+def on_each_device(
+    sweep: Sweep,
+    wrt: tuple[str, ...],
+    sizes: Mapping[Any, int],
+    plan: Layout,
+    others: AxisNames | None,
+    inputs: Inputs,
+    coefficients: Coefficients,
+    backend: Backend | None = None,
+) -> tuple[Swept, Gradients]:
+    """`swept` for this device's shards, on a mesh of these axis sizes and with this `Layout`.
 
-    `others` are further axes over which a caller has mapped; None if the compiler shards the shards once more. `cpu` is
-    that of `swept`.
+    `others` are further axes over which a caller has mapped; None if the compiler shards the shards once more. `swept`
+    explains `backend`.
     """
-    outer = sweep.form.shards  # over which the caller has mapped
+    outer = sweep.objective.shards  # the shards over which the caller has mapped
     vocab = plan.axes["v"]
-    shards = Shards((*outer.axis_name, *vocab), outer.number * math.prod(sizes[a] for a in vocab))
-    inputs = inputs._replace(first=first_class(shards, inputs.kernel.shape[sweep.vocab_axis]))
-    local = sweep._replace(form=sweep.form._replace(shards=shards))
+    number = outer.number * math.prod(sizes[a] for a in vocab)
+    shards = Shards(axis_name=(*outer.axis_name, *vocab), number=number)
+    inputs = inputs._replace(class_offset=class_offset(shards, inputs.kernel.shape[sweep.vocab_axis]))
+    local = sweep._replace(objective=sweep.objective.on(shards))
     if sweep.block_size is not None:
         local = local._replace(block_size=-(-sweep.block_size // math.prod(sizes[a] for a in plan.positions)))
-    out, grads = swept(local, asked, inputs, coefficients, in_step(shards, plan.positions, others), cpu)
-    sparse = inputs.indices is not None
-    return out, {name: _over_devices(sweep, plan, sparse, name, grad) for name, grad in grads.items()}
+    together = axes_in_step(shards, plan.positions, others)
+    out, gradients = swept(local, wrt, inputs, coefficients, together, backend)
+    shares = {"hidden", "hidden_p"}  # each shard of the classes has a share (one term of the sum) of these
+    if inputs.labels is not None and inputs.labels.gradient_is_a_share:
+        shares.add("labels")
+    return out, {name: _over_devices(sweep, plan, shares, name, each) for name, each in gradients.items()}
 
 
-def in_step(shards, *axes):
-    """The axes, of these tuples, whose devices take the same number of blocks, as of `swept`; None if one is None.
+def axes_in_step(shards: Shards, *axes: AxisNames | None) -> AxisNames | None:
+    """The `in_step` of `swept`: all axes whose devices take the same number of blocks; None if a tuple is None.
 
-    While others sum over the classes of a block, no device may have left the loop. Those that share a position have one
-    mask; but a number that is wrong, where a caller's masks differ, is better than a device that waits for ever.
+    Devices sum over the classes of a block together, so none may leave the loop before the others. Devices that share
+    a position should have one mask. If a caller's masks differ, a wrong number is better than a device that waits for
+    ever.
     """
-    if None in axes:
+    known = [names for names in axes if names is not None]
+    if len(known) < len(axes):
         return None
-    return tuple(dict.fromkeys(a for of in (shards.axis_name, *axes) for a in of)) if shards.axis_name else ()
+    return tuple(dict.fromkeys(a for names in (shards.axis_name, *known) for a in names)) if shards.axis_name else ()
 
 
-def _over_devices(sweep, plan, sparse, name, grad):
-    """The sum of a gradient over the devices that have a share of it, each of which keeps what it is to hold.
+def _over_devices(sweep: Sweep, plan: Layout, shares: Container[str], name: str, gradient: Array) -> Array:
+    """The sum of a gradient over the devices that have a share of it; each device keeps its own part of the sum.
 
-    It is not summed over axes over which the type of its array says that a caller will do so.
+    The type of an array may say that the caller sums its gradient over some axes. The sum here leaves out these axes.
     """
-    if name == "labels" and not sparse:
-        return grad
-    axes = plan.axes["v"] if name in ("hidden", "labels", "hidden_p") else plan.positions
+    if name == "labels" and name not in shares:
+        return gradient
+    axes = plan.axes["v"] if name in shares else plan.positions
     if name == "temperature":
         axes = (*plan.axes["v"], *plan.positions)
     kernels = {"kernel": (sweep.vocab_axis, ""), "kernel_p": (sweep.vocab_axis_p, "p")}
@@ -65,27 +83,24 @@ def _over_devices(sweep, plan, sparse, name, grad):
         for axis, over in scattered.items():
             if over:
                 scatter = partial(lax.psum_scatter, axis_name=over, scatter_dimension=axis, tiled=True)
-                # JAX 0.12 cannot lower it where other axes of the mesh are `Explicit`.
-                grad = _in_float32(partial(by_compiler, scatter, PartitionSpec(None, None)), grad)
+                # JAX 0.12 cannot lower `psum_scatter` by itself if other axes of the mesh are `Explicit`.
+                gradient = _collective(partial(by_compiler, scatter, PartitionSpec(None, None)), gradient)
         axes = tuple(a for a in axes if a not in sum(scattered.values(), ()))
     unsummed = tuple(a for a in axes if a in plan.unsummed.get(name, ()))
-    grad = _in_float32(partial(total, axis_name=tuple(a for a in axes if a not in unsummed)), grad)
-    return lax.pcast(grad, unsummed, to="unreduced") if unsummed else grad
+    gradient = _collective(partial(total, axis_name=tuple(a for a in axes if a not in unsummed)), gradient)
+    return lax.pcast(gradient, unsummed, to="unreduced") if unsummed else gradient
 
 
-def _in_float32(collective, grad):
-    """`collective(grad)`, on a CPU of no less than float32.
-
-    XLA:CPU widens a sum of 16-bit numbers itself, but ends the process if it is over some axes of a mesh and not all.
-    """
-
-    def summed(cpu, grad):
-        return collective(grad.astype(jnp.float32)).astype(grad.dtype) if cpu else collective(grad)
-
-    return on_cpu(summed, grad) if grad.dtype.itemsize == 2 else collective(grad)
+def _collective(function: Callable[[Array], Array], gradient: Array) -> Array:
+    """``function(gradient)``; for 16-bit numbers the backend decides the dtype of the sum."""
+    if gradient.dtype.itemsize > 2:
+        return function(gradient)
+    return by_platform(itself, lambda backend, gradient: backend.collective(function, gradient), gradient)
 
 
-def all_dimensions(sweep, asked, inputs, coefficients):
-    """The dimensions of (arguments, results) of `swept`, as of `layout`."""
+def all_dimensions(
+    sweep: Sweep, wrt: tuple[str, ...], inputs: Inputs, coefficients: Coefficients
+) -> tuple[tuple[Inputs, Any], tuple[Any, Any]]:
+    """The dimensions of (arguments, results) of `swept`, by the names that `_mesh.layout` explains."""
     arguments = dimensions(sweep.vocab_axis, sweep.vocab_axis_p, inputs, coefficients)
-    return arguments, result_dimensions(arguments, *swept_shapes(sweep, asked, inputs))
+    return arguments, result_dimensions(arguments, *swept_shapes(sweep, wrt, inputs))

@@ -1,1 +1,1 @@
-"""The costs of logits that are never held at once: blocks of positions, and a sweep over them on one device."""
+"""A sweep is a loop over blocks of positions, on one device. It computes costs without storing all logits."""

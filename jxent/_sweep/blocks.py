@@ -1,32 +1,34 @@
-"""Positions in blocks: which ones are in flight together, and how a block is read and written.
+"""Blocks of positions: a sweep computes the positions of one block together, and reads and writes them as below.
 
-An axis of length L is split as (size, steps), and block i takes column i: positions i, i + steps, i + 2 steps, ... So
-each block holds a slice of every shard of an axis whose shards divide its size, and no axis is merged with another. A
-length without a divisor near the wanted size gets blocks of neighbours instead, whose last one reaches back over the
-one before it; the positions that two blocks share belong to the last. Neither way copies or pads the array.
+An axis of length L is split as (size, steps), and block i takes column i: positions i, i + steps, i + 2 steps, ... If
+the number of shards of an axis divides `size`, each block has a slice of every shard. No axis is merged with another.
+If a length has no divisor near the wanted size, blocks are of neighbours. The last block then overlaps the one before
+it, and the positions that both have belong to the last. Neither way copies or pads the array.
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
+from jaxtyping import Bool
 
 
 class Blocks(NamedTuple):
-    """How the axes of the positions are cut; one entry for each axis."""
+    """The cuts of the axes of the positions; one entry for each axis."""
 
     shape: tuple[int, ...]
     size: tuple[int, ...]  # of a block
     steps: tuple[int, ...]  # blocks along the axis
 
     @property
-    def number(self):
+    def number(self) -> int:
         return math.prod(self.steps)
 
 
-def blocks_of(shape, most):
-    """Blocks of at most `most` positions, cut along the longest axis; along others only if single ones are too many."""
+def blocks_of(shape: tuple[int, ...], most: int) -> Blocks:
+    """Blocks of at most `most` positions: if cutting the longest axis is not enough, the next longest is cut too."""
     size, steps = list(shape), [1] * len(shape)
     for axis in sorted(range(len(shape)), key=lambda a: -shape[a]):
         if math.prod(size) <= most:
@@ -37,11 +39,11 @@ def blocks_of(shape, most):
         if 2 * size[axis] <= limit:
             size[axis] = -(-length // -(-length // limit))
         steps[axis] = -(-length // size[axis])
-    return Blocks(tuple(shape), tuple(size), tuple(steps))
+    return Blocks(shape=tuple(shape), size=tuple(size), steps=tuple(steps))
 
 
-def _places(blocks, i):
-    """(size, steps, start) of block `i` along each axis; the start counts columns where the axis is split."""
+def _places(blocks: Blocks, i: Any) -> Iterator[tuple[int, int, Any]]:
+    """(size, steps, start) of block `i` along each axis; if the axis is split, the start is a column."""
     for length, size, steps in zip(*blocks, strict=True):
         if steps == 1:
             yield size, 1, 0
@@ -52,8 +54,8 @@ def _places(blocks, i):
         i = i // steps
 
 
-def _window(blocks, i, array):
-    """`array` with its split axes in two, and the start and the shape of block `i` in that."""
+def _window(blocks: Blocks, i: Any, array: Array) -> tuple[Array, list[Any], tuple[int, ...]]:
+    """(`array` with each split axis as two axes, the start of block `i` in it, the shape of this block)."""
     rest = array.shape[len(blocks.shape) :]
     view, start, shape = [], [], []
     for length, (size, steps, at) in zip(blocks.shape, _places(blocks, i), strict=True):
@@ -64,22 +66,22 @@ def _window(blocks, i, array):
     return array.reshape(*view, *rest), [*start, *(0 for _ in rest)], (*shape, *rest)
 
 
-def take(blocks, i, array):
+def take(blocks: Blocks, i: Any, array: Array) -> Array:
     """Block `i` of an array whose leading axes are those of the positions."""
     view, start, shape = _window(blocks, i, array)
     return lax.dynamic_slice(view, start, shape).reshape(*blocks.size, *array.shape[len(blocks.shape) :])
 
 
-def put(blocks, i, array, block):
+def put(blocks: Blocks, i: Any, array: Array, block: Array) -> Array:
     """`array` with block `i` in its place."""
     view, start, shape = _window(blocks, i, array)
     return lax.dynamic_update_slice(view, block.reshape(shape), start).reshape(array.shape)
 
 
-def not_repeated(blocks, i):
-    """Which positions of block `i` no later block holds too, an array that broadcasts to the block; None for all."""
+def not_repeated(blocks: Blocks, i: Any) -> Bool[Array, "*block"] | None:
+    """A mask that broadcasts to block `i`, False for positions that a later block has too; None for True at all."""
     for axis, (length, size, steps) in enumerate(zip(*blocks, strict=True)):
-        if size * steps > length:  # of one axis at most: any other that is cut is cut into single positions
+        if size * steps > length:  # one axis at most: blocks have length 1 along all others that are cut
             at = i // math.prod(blocks.steps[:axis]) % steps
             mine = (at * size + jnp.arange(size) < length - size) | (at == steps - 1)
             return mine.reshape([-1 if a == axis else 1 for a in range(len(blocks.shape))])

@@ -1,84 +1,91 @@
-"""The positions that count, one after the other, in blocks; and no more blocks than they fill.
+"""The unmasked positions in order, in blocks; a sweep computes no more blocks than these positions fill.
 
-With prompts masked or padding most positions have no share in a loss, and their matmuls would be wasted. Shapes are
-static, but the number of blocks need not be. Full blocks come first. What is left is computed in smaller steps, so that
-few positions cost little, unless it lacks less than a step of a full block.
+If prompts and padding are masked, most positions add nothing to a loss, and their matmuls would be wasted. Shapes are
+static, but the number of blocks need not be. Full blocks come first. The remaining positions are computed in smaller
+steps, so that few positions cost little. If they lack less than a step of a full block, they are a block.
 
-The loops are of dynamic length, and so cannot be differentiated backwards. A loop of static length with a `lax.cond` in
-it could, but XLA computes the results of a `cond` that nobody uses.
+The loops have a dynamic length, so reverse mode cannot differentiate them. It could differentiate a loop of static
+length with a `lax.cond` in it, but XLA computes even the results of a `cond` that are not used.
 
-A block of such positions is gathered, and what comes of it scattered, by their indices. That is for one device, which
-holds all of the positions: where only the compiler knows how they are sharded, it would gather them from all devices.
+The positions of a block are gathered by their indices, and its results scattered. This is for one device that has all
+of the positions. If only the compiler knows how they are sharded, it would gather them from all devices.
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
+from jaxtyping import Bool, Int
+
+Step = Callable[[Array, Any], Any]
+"""A function of (the indices of a block of positions, a carry), which returns the next carry."""
 
 
 class Order(NamedTuple):
-    """Which positions of an array of `shape` count; the axes of the positions taken as one."""
+    """The unmasked positions of an array of `shape`, whose axes are taken as one."""
 
     shape: tuple[int, ...]
-    rows: Array  # those that count in their order, and then the number of all positions, an index out of range
-    counted: Array  # how many
+    rows: Int[Array, " padded"]  # unmasked positions in order, then the number of all, an index out of range
+    number: Int[Array, ""]  # of unmasked positions
 
     @property
-    def number(self):
+    def of_all(self) -> int:
         return math.prod(self.shape)
 
 
-def order_of(keep, room):
-    """The `Order` of a mask; `room` is the size of the largest block, of which no slice may run past the end."""
-    number = keep.size
-    index = jnp.sort(jnp.where(keep.reshape(number), jnp.arange(number, dtype=jnp.int32), number))
-    return Order(keep.shape, jnp.pad(index, (0, room), constant_values=number), jnp.sum(keep, dtype=jnp.int32))
+def order_of(mask: Bool[Array, "*positions"], room: int) -> Order:
+    """The `Order` of a mask. `room` is the size of the largest block: so much padding keeps its slice in bounds."""
+    number = mask.size
+    index = jnp.sort(jnp.where(mask.reshape(number), jnp.arange(number, dtype=jnp.int32), number))
+    rows = jnp.pad(index, (0, room), constant_values=number)
+    return Order(shape=mask.shape, rows=rows, number=jnp.sum(mask, dtype=jnp.int32))
 
 
-def all_of(shape, room):
+def all_of(shape: tuple[Any, ...], room: int) -> Order:
     """The `Order` of all positions of this shape."""
     number = math.prod(shape)
     index = jnp.arange(number, dtype=jnp.int32)
-    return Order(shape, jnp.pad(index, (0, room), constant_values=number), jnp.asarray(number, jnp.int32))
+    rows = jnp.pad(index, (0, room), constant_values=number)
+    return Order(shape=shape, rows=rows, number=jnp.asarray(number, jnp.int32))
 
 
-def take(order, rows, array):
-    """The given positions of an array whose leading axes are those of the positions, along the last; zeros for none."""
+def take(order: Order, rows: Int[Array, " block"], array: Array) -> Array:
+    """The given positions of an array, along the last axis of the positions; zeros for indices out of range."""
     rest = array.shape[len(order.shape) :]
-    block = array.reshape(order.number, *rest).at[rows].get(mode="fill", fill_value=0, indices_are_sorted=True)
+    block = array.reshape(order.of_all, *rest).at[rows].get(mode="fill", fill_value=0, indices_are_sorted=True)
     return block.reshape(*[1] * (len(order.shape) - 1), rows.size, *rest)
 
 
-def put(order, rows, array, block):
-    """`array` with the block in these positions."""
+def put(order: Order, rows: Int[Array, " block"], array: Array, block: Array) -> Array:
+    """`array` with the block at these positions; indices out of range are dropped."""
     rest = array.shape[len(order.shape) :]
-    flat, block = array.reshape(order.number, *rest), block.reshape(rows.size, *rest)
+    flat, block = array.reshape(order.of_all, *rest), block.reshape(rows.size, *rest)
     return flat.at[rows].set(block, mode="drop", indices_are_sorted=True).reshape(array.shape)
 
 
-def by_scan(order, size, step, carry):
-    """``step(rows, carry)`` for blocks of `size` rows, of all positions; it can be differentiated backwards."""
+def by_scan(order: Order, size: int, step: Step, carry: Any) -> Any:
+    """``step(rows, carry)`` for blocks of `size` rows of all positions; reverse mode can differentiate this loop."""
 
-    def visit(carry, start):
+    def visit(carry: Any, start: Array) -> tuple[Any, None]:
         return step(start + jnp.arange(size, dtype=jnp.int32), carry), None
 
-    return lax.scan(visit, carry, size * jnp.arange(-(-order.number // size), dtype=jnp.int32))[0]
+    return lax.scan(visit, carry, size * jnp.arange(-(-order.of_all // size), dtype=jnp.int32))[0]
 
 
-def by_blocks(order, size, step_size, step, carry):
-    """``step(rows, carry)`` for blocks of `size` rows and then of `step_size`, while there are positions that count."""
+def by_blocks(order: Order, size: int, step_size: int, step: Step, carry: Any) -> Any:
+    """``step(rows, carry)`` for blocks of `size` rows, then of `step_size`, until all unmasked positions are done."""
 
-    def loop(first, number, size, carry):
-        def visit(i, carry):
+    def loop(first: Any, number: Array, size: int, carry: Any) -> Any:
+        def visit(i: Array, carry: Any) -> Any:
             return step(lax.dynamic_slice(order.rows, (first + i * size,), (size,)), carry)
 
         return lax.fori_loop(0, number, visit, carry)
 
-    full = (order.counted + step_size - 1) // size  # as many steps as would fill a block are a block
+    full = (order.number + step_size - 1) // size  # steps that would fill a block are a block
     carry = loop(0, full, size, carry)
     if step_size == size:
         return carry
-    rest = jnp.maximum(order.counted - full * size, 0)
+    rest = jnp.maximum(order.number - full * size, 0)
     return loop(full * size, -(-rest // step_size), step_size, carry)

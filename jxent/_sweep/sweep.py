@@ -1,345 +1,234 @@
-"""The costs of logits that are never held at once: a sweep over blocks of positions, on one device.
+"""A sweep is a loop over blocks of positions, on one device: it computes costs without storing all logits.
 
-The logits of a block are hidden @ kernel + bias. Logits, costs and the sums over blocks are at least float32; what the
-backward matmuls round to the operands' dtype is only the gradient of a block's logits. Memory: the logits of a block
-and their gradient, and each gradient that is asked for, the kernel's once more in float32 while it is being summed.
+Sums over blocks are at least float32. A sweep stores the logits of a block, their gradient, and each gradient that is
+asked for. It also stores the kernel's gradient in float32 while it is being summed.
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jxent._core.costs import CostInputs, Form, steepness, weighs_classes
+from jxent._backend.backend import Backend
+from jxent._backend.platform import by_platform, itself
+from jxent._core.dtypes import compute_dtype
 from jxent._core.forward_mode import in_one_piece
-from jxent._core.labels import by_index
-from jxent._core.passes import apart, barrier, compute_dtype, given, on_cpu
-from jxent._core.rule import costs_bwd, costs_fwd, costs_of_block, counted
-from jxent._core.shards import cast, cast_alike, checked, largest, varying
-from jxent._core.terms import rounded
-from jxent._core.weights import along, only
+from jxent._core.shards import AxisNames, cast, checked, largest, varying
+from jxent._objective.objective import RowInputs
 from jxent._sweep import order
-from jxent._sweep.blocks import blocks_of, not_repeated, put, take
-from jxent._sweep.matmuls import as_kernel, dot, kernel_gradient, operands_of_block
+from jxent._sweep.block import POSITIONAL, Gradients, Inputs, Sweep, Swept, block_of
+from jxent._sweep.blocks import Blocks, blocks_of, not_repeated, put, take
+
+Coefficients = dict[str, Array]
+"""The factors of the costs at each position, by the names of the costs."""
+
+OneBlock = Callable[..., tuple[Any, Gradients]]
+"""A function of a block's arrays. It returns (results for each position, gradients to sum over blocks)."""
 
 
-class Sweep(NamedTuple):
-    """The static part of a sweep: the form of the costs, and how to go over the positions."""
+def _storable(name: str, dtype: Any) -> Any:
+    """The dtype in which a gradient is kept until its factor is known.
 
-    function: str  # the name of the public function, for profiles
-    form: Form
-    vocab_axis: int
-    block_size: int | None  # None for the default
-    precision: Any  # as `jax.lax.dot_general` takes it
-    vocab_axis_p: int = 1  # of `Inputs.kernel_p`
-
-
-class Inputs(NamedTuple):
-    """Arrays; their gradients, or what `symbolic_zeros` makes of them in a forward rule; None for none."""
-
-    hidden: Any  # (*positions, features)
-    kernel: Any  # two axes, that of the vocabulary being `Sweep.vocab_axis`
-    bias: Any  # (vocab,)
-    labels: Any  # (*positions,) class indices, or (*positions, vocab) class probabilities
-    class_weight: Any  # (vocab,), see `CostInputs`
-    keep: Any  # (*positions,), False where a position does not count
-    first: Any = None  # see `CostInputs`
-    indices: Any = None  # (*positions, k), the classes of sparse labels, whose probabilities are `labels`
-    temperature: Any = None  # likewise, and the rest for divergences: what else the logits of P are made of
-    hidden_p: Any = None
-    kernel_p: Any = None
-    bias_p: Any = None
-
-
-class Swept(NamedTuple):
-    """What a sweep returns for each position, arrays of the positions' shape."""
-
-    costs: dict[str, Array]  # by name
-    prediction: Array | None  # if statistics are wanted
-
-
-POSITIONAL = ("hidden", "labels", "keep", "indices", "hidden_p")
-
-
-# --- one block --------------------------------------------------------------------------------------------------------
-
-
-class _Layer(NamedTuple):
-    """The output layer of a block, as its matmuls take it."""
-
-    hidden: Array  # 0 where a position does not count
-    kernel: Array
-    vocab_axis: int
-    suffix: str  # of the names of its arrays in `Inputs`
-
-    def logits(self, bias, precision):
-        last = self.hidden.ndim - 1
-        with jax.named_scope("logits" + self.suffix):
-            logits = dot(self.hidden, self.kernel, ((last,), (1 - self.vocab_axis,)), precision)
-            if self.hidden.shape[-1] == 1:  # a product that XLA:CPU takes anew in each pass, with another rounding
-                logits = rounded(logits, barrier(jnp.ones((), logits.dtype)))
-            if bias is None:
-                return logits
-            dtype = compute_dtype(logits.dtype, bias.dtype)
-            return logits.astype(dtype) + given(along(bias, logits.ndim, last, dtype))
-
-    def gradients(self, asked, dlogits, cpu, precision):
-        """Those of the hidden states and the kernel that are asked for."""
-        g, grads = dlogits.astype(self.hidden.dtype), {}
-        if (name := "hidden" + self.suffix) in asked:
-            with jax.named_scope(name + "_gradient"):
-                grads[name] = dot(g, self.kernel, ((g.ndim - 1,), (self.vocab_axis,)), precision)
-        if (name := "kernel" + self.suffix) in asked:
-            with jax.named_scope(name + "_gradient"):
-                grads[name] = kernel_gradient(self.hidden, g, self.vocab_axis, cpu, precision)
-        return grads
-
-
-def _layers(sweep, inputs, row_keep):
-    """(the `_Layer` of the logits, that of P in a divergence or None)."""
-    # Selected before the matmul, because in the kernel's gradient 0 * NaN would be NaN.
-    hidden, kernel = operands_of_block(only(row_keep, inputs.hidden), inputs.kernel)
-    of_q = _Layer(hidden, kernel, sweep.vocab_axis, "")
-    if inputs.hidden_p is None:
-        return of_q, None
-    hidden, kernel = operands_of_block(only(row_keep, inputs.hidden_p), inputs.kernel_p)
-    return of_q, _Layer(hidden, kernel, sweep.vocab_axis_p, "_p")
-
-
-def _block(sweep, asked, cpu, inputs, coefficients):
-    """(`Swept`, gradients) of one block, the gradients a dictionary of what is asked for.
-
-    The gradient is that of the costs' sum with these coefficients. Gradients of what all blocks share come in the dtype
-    to sum them in, that of the kernel as of `kernel_gradient`. A CPU has room for exponentials.
-    """
-    row_keep = None if inputs.keep is None else inputs.keep[..., None]
-    layer, layer_p = _layers(sweep, inputs, row_keep)
-    logits, labels = layer.logits(inputs.bias, sweep.precision), inputs.labels
-    if layer_p is not None:
-        labels = layer_p.logits(inputs.bias_p, sweep.precision)
-    others = inputs.class_weight, row_keep, inputs.first, inputs.temperature, inputs.indices
-    of_block = CostInputs(logits, labels, *others)
-    if not by_index(labels):
-        of_block = counted(of_block)  # the hidden states are selected, but probabilities of what does not count are not
-    if asked:
-        with jax.named_scope("rows"):
-            out, residuals = costs_fwd(sweep.form, cpu, of_block)
-    else:
-        # Their gradients must vary over a mesh as they do.
-        of_classes = of_block.logits, of_block.class_weight, of_block.temperature
-        labels, (logits, class_weight, temperature), keep = cast_alike(
-            sweep.form.shards, of_block.labels, of_classes, of_block.keep
-        )
-        of_block = CostInputs(logits, labels, class_weight, keep, inputs.first, temperature, inputs.indices)
-        with jax.named_scope("rows"):
-            out, residuals = costs_of_block((sweep.form, cpu), of_block), None
-    swept = Swept(*jax.tree.map(lambda row: only(inputs.keep, row[..., 0]), out))
-    if residuals is None:
-        return swept, {}
-
-    to_costs = {name: c[..., None].astype(swept.costs[name].dtype) for name, c in coefficients.items()}
-    with jax.named_scope("logits_gradient"):
-        to_given = costs_bwd(sweep.form, residuals, to_costs)
-    grads = layer.gradients(asked, to_given.logits, cpu, sweep.precision)
-    if layer_p is not None:
-        grads |= layer_p.gradients(asked, to_given.labels, cpu, sweep.precision)
-    for name, field in (("bias", "logits"), ("bias_p", "labels")):
-        if name in asked:
-            # Once more, for the sum alone: for two uses at once XLA:CPU would write every term of the gradient.
-            with jax.named_scope(name + "_gradient"):
-                again, _ = barrier(((residuals, to_costs), getattr(to_given, field)))
-                terms = apart(getattr(costs_bwd(sweep.form, *again), field))
-                grads[name] = jnp.sum(terms, tuple(range(terms.ndim - 1)))
-    for name in ("labels", "class_weight", "temperature"):
-        if name in asked:
-            grads[name] = getattr(to_given, name)
-    return swept, grads
-
-
-# --- all of them ------------------------------------------------------------------------------------------------------
-
-
-def _storable(name, dtype):
-    """The dtype to keep a gradient in until its factor is known.
-
-    That of float16 might not fit into float16. Those of `bias` and `class_weight` are small, and stay as they were
-    summed, because they may be summed over devices yet.
+    A gradient by a float16 array might not fit into float16. Gradients of biases, class weights and the temperature
+    are small. They keep the dtype of their sum, because devices may still sum them.
     """
     wide = dtype == jnp.float16 or name in ("bias", "class_weight", "temperature", "bias_p")
     return compute_dtype(dtype) if wide else dtype
 
 
-def _float16_scale(coefficients, labels, class_weight, temperature):
-    """What to divide the coefficients by, so that the gradient of the logits neither overflows float16 nor vanishes.
+def _float16_scale(sweep: Sweep, inputs: Inputs, coefficients: Coefficients) -> Array:
+    """The divisor of the coefficients with which the gradient of the logits neither overflows float16 nor vanishes.
 
-    Its largest entries come to some 2**12 of at most 2**16, so that those of a confident position, 2**-36 times as
-    large, are above the smallest, 2**-24. The gradient of the squared normalizer has a factor of 2 (m + log_z), taken
-    to be below 2**10, for which its `steepness` stands.
+    Float16 ends at 2**16. The largest entries of the gradient come to about 2**12. The entries of a confident position
+    may be 2**-36 times as large, and then still reach the smallest number, 2**-24. The gradient of the squared
+    normalizer has a factor of 2 (m + log_z). With its `largest_gradient` of 2**6, this factor may be up to 2**10.
     """
-    dtype = compute_dtype(*(c.dtype for c in coefficients.values()))
+    dtype, objective = compute_dtype(*(c.dtype for c in coefficients.values())), sweep.objective
 
-    def largest_of(name, coefficient):
-        size = jnp.max(jnp.abs(coefficient), initial=0).astype(dtype) * steepness(name)
-        if class_weight is None or not weighs_classes((name,), labels):
+    def largest_of(name: str, coefficient: Array) -> Array:
+        size = jnp.max(jnp.abs(coefficient), initial=0).astype(dtype) * objective.largest_gradient(name)
+        if inputs.class_weight is None or not objective.takes_class_weight(name, inputs.labels):
             return size
-        return size * jnp.max(jnp.abs(class_weight)).astype(dtype)
+        return size * jnp.max(jnp.abs(inputs.class_weight)).astype(dtype)
 
     largest = jnp.max(jnp.stack([largest_of(*each) for each in coefficients.items()]))
-    if temperature is not None:
-        largest /= temperature.astype(dtype)
-    least = 2.0**-100  # so that the scale is a normal number of float32, even if nothing has a weight
+    if inputs.temperature is not None:
+        largest /= inputs.temperature.astype(dtype)
+    least = 2.0**-100  # keeps the scale a normal number of float32, even if all weights are 0
     return jnp.where(largest < jnp.inf, jnp.maximum(largest, least), 1) / 2**12
 
 
-LEAST_STEP = {True: 64, False: 256}  # positions of the smallest blocks, by whether it is a CPU
+def swept(
+    sweep: Sweep,
+    wrt: tuple[str, ...],
+    inputs: Inputs,
+    coefficients: Coefficients,
+    in_step: AxisNames | None = None,
+    backend: Backend | None = None,
+) -> tuple[Swept, Gradients]:
+    """The costs of all positions, and their gradients as `block_of` defines them, in `_storable` dtypes.
 
-
-def default_block_size(cpu, asked, positions, classes):
-    """Positions, by a budget for the float32 logits. Larger blocks read and write the kernel's gradient less often."""
-    of_kernel = "kernel" in asked or "kernel_p" in asked
-    least, budget = (256, 64 * 2**20) if cpu else (1024, 2**30) if of_kernel else (512, 2**29)
-    sizes = (positions // 4, budget // (4 * classes))
-    return max(least, min((size for size in sizes if isinstance(size, int)), default=least))
-
-
-def swept(sweep, asked, inputs, coefficients, together=None, cpu=None) -> tuple[Swept, dict[str, Array]]:
-    """(`Swept`, gradients) as of `_block`, of all positions; the gradients in `_storable` dtypes.
-
-    Where the classes are sharded over `axis_name`, the gradients of `hidden` are this shard's share. `together` is None
-    where all positions are computed; of arrays that are one device's, blocks are of those that count, and it names the
-    mesh axes, if any, whose devices take as many blocks as the fullest of them. `cpu` is None where the platform is not
-    known yet, and both programs are traced.
+    If the classes are sharded over `axis_name`, the gradients of `hidden` are this shard's share: the shards must be
+    summed. If `in_step` is None, all positions are computed. Otherwise the arrays are one device's, and blocks have
+    only unmasked positions. The devices of the mesh axes in `in_step` then all take as many blocks as the fullest
+    device. If `backend` is None, the platform is not known yet, and the programs of all backends are traced.
     """
 
-    def program(together):
-        of_platform = partial(_swept, sweep, asked, together)
-        return partial(on_cpu, of_platform) if cpu is None else partial(of_platform, cpu)
+    def program(in_step: AxisNames | None) -> Callable[..., tuple[Swept, Gradients]]:
+        of_backend = partial(_swept, sweep, wrt, in_step)
+        return partial(by_platform, itself, of_backend) if backend is None else partial(of_backend, backend)
 
     plain = program(None)
-    return in_one_piece(plain if together is None else program(together), plain, inputs, coefficients)
+    return in_one_piece(plain if in_step is None else program(in_step), plain, inputs, coefficients)
 
 
-def swept_shapes(sweep, asked, inputs):
-    """The shapes and dtypes of what `swept` returns, by those of the inputs alone: nothing of a block is traced."""
+def swept_shapes(sweep: Sweep, wrt: tuple[str, ...], inputs: Any) -> Any:
+    """The shapes and dtypes of the results of `swept`, from those of the inputs; no block is traced.
 
-    def array(shape, *dtypes) -> Any:
+    The inputs are `Inputs`, of arrays or of their types.
+    """
+
+    def array(shape: tuple[int, ...], *dtypes: Any) -> Any:
         return jax.ShapeDtypeStruct(shape, compute_dtype(*dtypes))
 
-    def logits(hidden, kernel, bias):  # as `_Layer.logits` makes them, but for the shape
+    def logits(hidden: Any, kernel: Any, bias: Any) -> Any:  # as in `block_of`, except for the shape
         return array((), jnp.promote_types(hidden.dtype, kernel.dtype), *([] if bias is None else [bias.dtype]))
 
-    labels, shape = inputs.labels, inputs.hidden.shape[:-1]
-    if inputs.hidden_p is not None:
-        labels = logits(inputs.hidden_p, inputs.kernel_p, inputs.bias_p)
-    others = inputs.class_weight, inputs.keep, inputs.first, inputs.temperature, inputs.indices
-    of_block = CostInputs(logits(inputs.hidden, inputs.kernel, inputs.bias), labels, *others)
-    prediction: Any = jax.ShapeDtypeStruct(shape, jnp.int32) if sweep.form.stats else None
-    grads = {name: getattr(inputs, name) for name in asked}
+    shape, logits_p = inputs.hidden.shape[:-1], None
+    if inputs.hidden_p is not None and inputs.kernel_p is not None:
+        logits_p = logits(inputs.hidden_p, inputs.kernel_p, inputs.bias_p)
+    of_block = RowInputs(
+        logits=logits(inputs.hidden, inputs.kernel, inputs.bias),
+        labels=inputs.labels,
+        logits_p=logits_p,
+        class_weight=inputs.class_weight,
+        temperature=inputs.temperature,
+    )
+    prediction: Any = jax.ShapeDtypeStruct(shape, jnp.int32) if sweep.objective.stats else None
+    gradients = {name: inputs.array(name) for name in wrt}
     return (
-        Swept({name: array(shape, of_block.dtype) for name in sweep.form.names}, prediction),
-        {name: jax.ShapeDtypeStruct(like.shape, _storable(name, like.dtype)) for name, like in grads.items()},
+        Swept(costs={name: array(shape, of_block.dtype) for name in sweep.objective.names}, prediction=prediction),
+        {name: jax.ShapeDtypeStruct(like.shape, _storable(name, like.dtype)) for name, like in gradients.items()},
     )
 
 
-def _swept(sweep, asked, together, cpu, inputs, coefficients):
+def _swept(
+    sweep: Sweep,
+    wrt: tuple[str, ...],
+    in_step: AxisNames | None,
+    backend: Backend,
+    inputs: Inputs,
+    coefficients: Coefficients,
+) -> tuple[Swept, Gradients]:
     shape, classes = inputs.hidden.shape[:-1], inputs.kernel.shape[sweep.vocab_axis]
-    sides = ((inputs.hidden, inputs.kernel), (inputs.hidden_p, inputs.kernel_p))[: 1 if inputs.hidden_p is None else 2]
-    default = default_block_size(cpu, asked, math.prod(shape), classes) // len(sides)
+    layers = [(inputs.hidden, inputs.kernel)]
+    if inputs.hidden_p is not None and inputs.kernel_p is not None:
+        layers.append((inputs.hidden_p, inputs.kernel_p))
+    kernel_has_gradient = "kernel" in wrt or "kernel_p" in wrt
+    default = backend.block_size(kernel_has_gradient, math.prod(shape), classes) // len(layers)
     size = sweep.block_size or max(1, default)
     blocks = blocks_of(shape, size) if all(isinstance(length, int) for length in shape) else None
     scale = None
-    if asked and jnp.float16 in [jnp.promote_types(hidden.dtype, kernel.dtype) for hidden, kernel in sides]:
-        scale = lax.stop_gradient(_float16_scale(coefficients, inputs.labels, inputs.class_weight, inputs.temperature))
+    if wrt and jnp.float16 in [jnp.promote_types(hidden.dtype, kernel.dtype) for hidden, kernel in layers]:
+        scale = lax.stop_gradient(_float16_scale(sweep, inputs, coefficients))
         coefficients = jax.tree.map(lambda c: c / scale, coefficients)
 
-    def finished(name, grad):
-        # While it is float32 still.
-        grad = grad if scale is None else grad * scale
-        return grad.astype(_storable(name, getattr(inputs, name).dtype))
+    def finished(name: str, gradient: Array) -> Array:
+        # The product is taken while the gradient is still float32.
+        gradient = gradient if scale is None else gradient * scale
+        return gradient.astype(_storable(name, inputs.array(name).dtype))
 
-    def block(part, weights):
-        """((what each position has, its gradients included), the gradients of what all blocks share)."""
-        out, grads = _block(sweep, asked, cpu, inputs._replace(**part), weights)
-        each = {name: finished(name, grad) for name, grad in grads.items() if name in POSITIONAL}
-        return (out, each), {name: grad for name, grad in grads.items() if name not in POSITIONAL}
+    def block(part: dict[str, Any], weights: Coefficients) -> tuple[tuple[Swept, Gradients], Gradients]:
+        """((costs of each position, their gradients), the gradients of arrays that all blocks share)."""
+        out, gradients = block_of(sweep, wrt, backend, inputs._replace(**part), weights)
+        each = {name: finished(name, gradient) for name, gradient in gradients.items() if name in POSITIONAL}
+        return (out, each), {name: gradient for name, gradient in gradients.items() if name not in POSITIONAL}
 
     arrays = {name: getattr(inputs, name) for name in POSITIONAL}, coefficients
     if blocks is None:
-        (out, grads), sums = _blocks_of_symbolic(shape, size, LEAST_STEP[cpu], together, block, arrays)
+        (out, gradients), sums = _blocks_of_symbolic(shape, size, backend.least_step, in_step, block, arrays)
     elif blocks.number == 1:
-        (out, grads), sums = block(*arrays)
-    elif together is not None and inputs.keep is not None:
+        (out, gradients), sums = block(*arrays)
+    elif in_step is not None and inputs.mask is not None:
         size = math.prod(blocks.size)
-        counted = order.order_of(inputs.keep, size)
-        (out, grads), sums = _counted_blocks(counted, size, LEAST_STEP[cpu], together, block, arrays)
+        unmasked = order.order_of(inputs.mask, size)
+        (out, gradients), sums = _unmasked_blocks(unmasked, size, backend.least_step, in_step, block, arrays)
     else:
-        (out, grads), sums = _all_blocks(blocks, block, arrays)
+        (out, gradients), sums = _all_blocks(blocks, block, arrays)
+    one_block = blocks is not None and blocks.number == 1
     for name, vocab_axis in (("kernel", sweep.vocab_axis), ("kernel_p", sweep.vocab_axis_p)):
         if name in sums:
-            sums[name] = as_kernel(sums[name], vocab_axis, cpu, blocks is not None and blocks.number == 1)
-    return out, grads | {name: finished(name, grad) for name, grad in sums.items()}
+            sums[name] = backend.in_layout_of_kernel(sums[name], vocab_axis, one_block)
+    return out, gradients | {name: finished(name, gradient) for name, gradient in sums.items()}
 
 
-def _all_blocks(blocks, block, arrays):
-    """What `block` returns, of all blocks: arrays of all positions, and sums over the blocks."""
+def _all_blocks(blocks: Blocks, block: OneBlock, arrays: Any) -> tuple[Any, Gradients]:
+    """The results of `block` for all blocks: arrays of all positions, and sums over the blocks."""
 
-    def one_block(i):
+    def one_block(i: Any) -> tuple[Any, Gradients]:
         part, weights = jax.tree.map(partial(take, blocks, i), arrays)
         repeated = not_repeated(blocks, i)
         if repeated is not None:
             weights = jax.tree.map(lambda c: jnp.where(repeated, c, 0), weights)
         return block(part, weights)
 
-    # The jit traces it once for the shapes and for the loop; a gradient of the loop computes a block again.
+    # The jit traces a block once, for the shapes and for the loop. A gradient of the loop computes a block again.
     traced_once = jax.jit(jax.checkpoint(one_block, prevent_cse=False), inline=True)
 
-    def step(i, carry):
+    def step(i: Array, carry: Any) -> Any:
         return _with_block(partial(put, blocks, i), carry, traced_once(i))
 
     each, sums = jax.eval_shape(traced_once, 0)
     return lax.fori_loop(0, blocks.number, step, (_zeros(blocks.shape, each), _zeros((), sums)))
 
 
-def _counted_blocks(counted, size, least_step, together, block, arrays):
-    """What `_all_blocks` returns, but of the positions that count, with zeros for the others."""
-    counted = counted._replace(counted=largest(cast(counted.counted, checked(together)), together))
+def _unmasked_blocks(
+    unmasked: order.Order, size: int, least_step: int, in_step: AxisNames, block: OneBlock, arrays: Any
+) -> tuple[Any, Gradients]:
+    """The results of `_all_blocks`, computed only for unmasked positions, with zeros for the others."""
+    unmasked = unmasked._replace(number=largest(cast(unmasked.number, checked(in_step)), in_step))
     step_size = min(size, max(least_step, size // 8))
-    return order.by_blocks(counted, size, step_size, *_by_rows(counted, size, block, arrays))
+    return order.by_blocks(unmasked, size, step_size, *_by_rows(unmasked, size, block, arrays))
 
 
-def _blocks_of_symbolic(shape, size, least_step, together, block, arrays):
-    """What `_all_blocks` returns, where only `jax.export.Exported.call` will know how many positions there are."""
-    keep, everything = arrays[0]["keep"], order.all_of(shape, size)
-    if together is None:
+def _blocks_of_symbolic(
+    shape: tuple[Any, ...], size: int, least_step: int, in_step: AxisNames | None, block: OneBlock, arrays: Any
+) -> tuple[Any, Gradients]:
+    """The results of `_all_blocks`, if only `jax.export.Exported.call` will know the number of positions."""
+    mask, everything = arrays[0]["mask"], order.all_of(shape, size)
+    if in_step is None:
         return order.by_scan(everything, size, *_by_rows(everything, size, block, arrays))
-    counted = everything if keep is None else order.order_of(keep, size)
-    return _counted_blocks(counted, size, least_step, together, block, arrays)
+    unmasked = everything if mask is None else order.order_of(mask, size)
+    return _unmasked_blocks(unmasked, size, least_step, in_step, block, arrays)
 
 
-def _by_rows(counted, size, block, arrays):
-    """The step of `order.by_blocks`, and what it begins with."""
+def _by_rows(
+    positions: order.Order, size: int, block: OneBlock, arrays: Any
+) -> tuple[Callable[[Array, Any], Any], Any]:
+    """The step of `order.by_blocks`, and the carry that it begins with."""
 
-    def one_block(rows):
-        return block(*jax.tree.map(partial(order.take, counted, rows), arrays))
+    def one_block(rows: Array) -> tuple[Any, Gradients]:
+        return block(*jax.tree.map(partial(order.take, positions, rows), arrays))
 
     traced_once = jax.jit(jax.checkpoint(one_block, prevent_cse=False), inline=True)
 
-    def step(rows, carry):
-        return _with_block(partial(order.put, counted, rows), carry, traced_once(rows))
+    def step(rows: Array, carry: Any) -> Any:
+        return _with_block(partial(order.put, positions, rows), carry, traced_once(rows))
 
-    each, sums = jax.eval_shape(traced_once, counted.rows[:size])
-    return step, (_zeros(counted.shape, each), _zeros((), sums))
+    each, sums = jax.eval_shape(traced_once, positions.rows[:size])
+    return step, (_zeros(positions.shape, each), _zeros((), sums))
 
 
-def _with_block(put, carry, of_block):
-    """`carry`, arrays of all positions and sums, with what a block has of them."""
+def _with_block(put: Callable[[Array, Array], Array], carry: Any, of_block: Any) -> Any:
+    """`carry` (arrays of all positions, and sums) with the results of a block put in and added."""
     with jax.named_scope("sum_over_blocks"):
         sums = jax.tree.map(jnp.add, carry[1], of_block[1])
     return jax.tree.map(put, carry[0], of_block[0]), sums
 
 
-def _zeros(leading, like):
+def _zeros(leading: tuple[int, ...], like: Any) -> Any:
     return jax.tree.map(lambda a: cast(jnp.zeros((*leading, *a.shape[len(leading) :]), a.dtype), varying(a)), like)

@@ -1,0 +1,1 @@
+"""Backends, which have the choices that depend on the platform, and hints on fusion to compilers."""

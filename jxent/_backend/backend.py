@@ -1,0 +1,62 @@
+"""The contract of a backend: the choices that depend on the platform."""
+
+import abc
+from collections.abc import Callable
+from typing import Any
+
+from jax import Array
+from jaxtyping import Float, Int
+
+Gradient = Float[Array, "rows columns"]
+"""The gradient of a kernel, (features, vocab) or (vocab, features)."""
+
+
+class Backend(abc.ABC):
+    """How a platform sums over the classes, multiplies, and divides positions into blocks.
+
+    An implementor decides only speed and memory. The results of all backends are equal up to rounding. A backend is
+    static and has no state, so all instances of one Python class behave alike. `platform.BACKENDS` lists the backends.
+    """
+
+    saves_exp: bool
+    """Whether to keep exponentials for later passes, if there is room for an array of the logits' size."""
+
+    least_step: int
+    """The number of positions in the smallest blocks of unmasked positions."""
+
+    @abc.abstractmethod
+    def blocks_of_sum(self, classes: int) -> int:
+        """The number of blocks of classes that a sum adds up first, a divisor of `classes`; 1 for no blocks."""
+
+    @abc.abstractmethod
+    def blocks_of_masked_sum(self, classes: int, itemsize: int) -> int:
+        """The same number for a sum of exponentials that leaves one class out; a logit has `itemsize` bytes."""
+
+    @abc.abstractmethod
+    def argmax(self, logits: Float[Array, "*shape"], axis: int, classes: int) -> Int[Array, "*row"]:
+        """The first class with the largest logit, or the first whose logit is NaN; a row array of int32.
+
+        `classes` is the number of classes along the axis, or 0 if they cannot be divided into blocks.
+        """
+
+    @abc.abstractmethod
+    def block_size(self, kernel_has_gradient: bool, positions: Any, classes: int) -> int:
+        """The number of positions in a block, whose logits are in memory at once. `positions` may be symbolic."""
+
+    @abc.abstractmethod
+    def kernel_gradient(
+        self,
+        hidden: Float[Array, "*block features"],
+        dlogits: Float[Array, "*block vocab"],
+        vocab_axis: int,
+        precision: Any,
+    ) -> Gradient:
+        """The gradient by the kernel from one block, in at least float32, in the layout that suits the platform."""
+
+    @abc.abstractmethod
+    def in_layout_of_kernel(self, gradient: Gradient, vocab_axis: int, one_block: bool) -> Gradient:
+        """A gradient from `kernel_gradient`, of one block or summed over several, in the layout of the kernel."""
+
+    @abc.abstractmethod
+    def collective(self, function: Callable[[Array], Array], array: Array) -> Array:
+        """``function(array)``, where the function adds up over devices. The platform may choose the sum's dtype."""

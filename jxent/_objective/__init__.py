@@ -1,0 +1,1 @@
+"""Objectives: the costs of each position with gradients and tangents, and the rule that differentiates them all."""

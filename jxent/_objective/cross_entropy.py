@@ -1,0 +1,218 @@
+"""Cross-entropy with smoothing, z-loss and statistics. Each is a cost, computed by passes over the same logits."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+
+from jxent._core.indexing import at_index
+from jxent._core.shards import Shards
+from jxent._core.weights import along, is_used
+from jxent._labels.labels import Labels
+from jxent._objective.objective import Costs, Objective, RowInputs, known_labels
+from jxent._rows.costs import (
+    OPTIONAL,
+    STATISTIC_NAMES,
+    STATISTICS,
+    Before,
+    Coefficient,
+    Cost,
+    LogProb,
+    Moved,
+    Scalars,
+    coefficient_of_label,
+)
+from jxent._rows.normalizer import normalizer
+from jxent._rows.passes import Arrays, Class, Logits, Moving, Passes, Row, known
+from jxent._rows.prediction import largest_class
+
+
+class Residuals(NamedTuple):
+    inputs: RowInputs  # without logits if `exp` replaces them
+    row_max: Row  # see `Normalizer`
+    log_z: Row  # NaN where a label is out of range
+    kept: dict[str, Row | None]  # by the names of the costs that keep them
+    exp: Logits | None  # see `Normalizer`
+
+
+@dataclass(frozen=True, kw_only=True)
+class CrossEntropy(Objective):
+    axis: int
+    shards: Shards
+    logit_softcap: float | None
+    costs: tuple[str, ...]  # names of the costs whose weighted sum is the loss
+    has_stats: bool  # whether `forward` returns statistics too
+
+    @classmethod
+    def wanted(cls, scalars: Scalars) -> tuple[str, ...]:
+        """The names of the costs that a loss with these options has."""
+        return "label", *(name for name, cost in OPTIONAL.items() if is_used(getattr(scalars, cost.option)))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (*self.costs, *STATISTIC_NAMES) if self.has_stats else self.costs
+
+    @property
+    def stats(self) -> bool:
+        return self.has_stats
+
+    def costs_of(self, inputs: RowInputs) -> dict[str, Cost]:
+        """The costs by name, with the statistics if they are wanted."""
+        labels, classes = known_labels(inputs), self.class_axis(inputs)
+        weight = self._class_weight(inputs) if labels.cost_takes_class_weight else None
+        label = labels.cost(classes, weight)
+        costs: dict[str, Cost] = {name: label if name == "label" else OPTIONAL[name] for name in self.costs}
+        if not self.has_stats:
+            return costs
+        unweighted = label if weight is None else labels.cost(classes, None)
+        return costs | {"log_prob": LogProb(unweighted)} | STATISTICS
+
+    def _class_weight(self, inputs: RowInputs) -> Array | None:
+        array: Any = inputs.logits
+        return along(inputs.class_weight, array.ndim, self.axis, inputs.dtype)
+
+    def leaves_label_out(self, labels: Labels, size: int) -> bool:
+        """Whether the sum of exponentials leaves the label's class out instead of the maximum's.
+
+        The label's cost is then as exact, but log_z alone is not. So no other cost and no statistic may need log_z.
+        """
+        return self.costs == ("label",) and not self.has_stats and labels.can_be_left_out(self.classes(size, None))
+
+    def passes(self, residuals: Residuals, previous: Row) -> Passes:
+        dtype, inputs = residuals.log_z.dtype, residuals.inputs
+        like = known(inputs.logits if residuals.exp is None else residuals.exp)
+        labels = known_labels(inputs)
+        arrays = Arrays(
+            logits=inputs.logits,
+            q=labels.dense,
+            weight=along(inputs.class_weight, like.ndim, self.axis, dtype),
+            exp=residuals.exp,
+            row_max=residuals.row_max,
+            log_z=residuals.log_z,
+            inverse_z=None if residuals.exp is None else jnp.exp(-residuals.log_z),
+        )
+        return Passes(
+            arrays=arrays,
+            axis=(self.axis,),
+            dtype=dtype,
+            softcap=self.logit_softcap,
+            axis_name=self.shards.axis_name,
+            previous=previous,
+            exp_lacks_label=self.leaves_label_out(labels, like.shape[self.axis]),
+        )
+
+    def forward(self, inputs: RowInputs, save_exp: bool) -> tuple[tuple[Costs, Array | None], Residuals]:
+        logits, labels, classes = known(inputs.logits), known_labels(inputs), self.class_axis(inputs)
+        axis_name, index = self.shards.axis_name, labels.index(classes)
+        label_logit = None if index is None else at_index(logits, index, self.axis, axis_name)
+        left_out = None
+        if index is not None and label_logit is not None and self.leaves_label_out(labels, classes.size):
+            left_out = index, label_logit
+        row = normalizer(logits, left_out, (self.axis,), self.logit_softcap, inputs.dtype, save_exp, axis_name)
+        log_z, invalid = row.log_z, labels.invalid(classes)
+        if invalid is not None:
+            log_z = jnp.where(invalid, jnp.nan, log_z)
+
+        residuals = Residuals(inputs=inputs, row_max=row.row_max, log_z=log_z, kept={}, exp=None)
+        passes, costs = self.passes(residuals, log_z), self.costs_of(inputs)
+        before = Before(log_normalizer=row.log_normalizer, label_logit=label_logit)
+        values: dict[str, tuple[Row, Row | None]] = {}
+        for name, cost in costs.items():
+            values[name] = cost.value(passes, before)
+            if name == "label":
+                before = before._replace(label=(cost, values[name]))
+        prediction = largest_class(logits, classes) if self.has_stats else None
+        kept = {name: kept for name, (_, kept) in values.items()}
+        out = {name: value for name, (value, _) in values.items()}
+        return (out, prediction), residuals._replace(kept=kept, exp=row.exp)
+
+    def backward(self, residuals: Residuals, cotangents: Costs) -> RowInputs:
+        inputs = residuals.inputs
+        costs = self._costs_of_residuals(residuals)
+        named = {name: cost for name, cost in costs.items() if cotangents.get(name) is not None}
+        passes = self.passes(residuals, cotangents[next(iter(named))])
+        rows = {name: cost.rows(passes, residuals.kept[name], cotangents[name]) for name, cost in named.items()}
+        labels = known_labels(inputs)
+
+        def gradients(c: Class, rows: dict[str, Any]) -> tuple[Logits, Array | None, Array | None]:
+            to_x = known(_added_up(cost.gradient(c, rows[name]) for name, cost in named.items()))
+            to_labels, to_weight = None, None
+            if labels.differentiable:
+                of_label = (cost.to_label(c, rows[name]) for name, cost in named.items())
+                to_labels = _added_up(of_label, jnp.zeros_like(labels.array, to_x.dtype))
+            if inputs.class_weight is not None:
+                of_weight = (cost.to_class_weight(c, rows[name]) for name, cost in named.items())
+                to_weight = _added_up(of_weight, jnp.zeros_like(to_x))
+            return c.to_logit(to_x), to_labels, to_weight
+
+        to_logits, to_labels, to_weight = passes.map(gradients, rows)
+        to_inputs = RowInputs(logits=to_logits, labels=labels.gradient(to_labels), class_weight=to_weight)
+        return self.summed(inputs, to_inputs)
+
+    def _costs_of_residuals(self, residuals: Residuals) -> dict[str, Cost]:
+        inputs = residuals.inputs
+        return self.costs_of(inputs.replace(logits=residuals.exp) if inputs.logits is None else inputs)
+
+    def tangent(self, residuals: Residuals, moving: RowInputs) -> Costs:
+        inputs, log_z = residuals.inputs, residuals.log_z
+        labels, passes = known_labels(inputs), self.passes(residuals, log_z)
+        weight = along(moving.class_weight, log_z.ndim, self.axis, log_z.dtype)
+        dlabels = None if moving.labels is None else moving.labels.array
+        passes.moving(Moving(logits=moving.logits, q=None if labels.dense is None else dlabels, weight=weight))
+        if moving.logits is None:
+            still = jnp.zeros_like(log_z)
+            moved = Moved(log_z=still, label_z=still, log_normalizer=still, entries=dlabels)
+        else:
+            moved = self._moved(residuals, passes, moving.logits)._replace(entries=dlabels)
+        costs = self._costs_of_residuals(residuals)
+        return {name: cost.tangent(passes, residuals.kept[name], moved) for name, cost in costs.items()}
+
+    def _moved(self, residuals: Residuals, passes: Passes, dlogits: Logits) -> Moved:
+        inputs, axis_name, label_dx = residuals.inputs, self.shards.axis_name, None
+        index = known_labels(inputs).index(self.classes(dlogits.shape[self.axis], inputs.class_offset))
+        if index is not None:
+            capped = None if self.logit_softcap is None else at_index(known(inputs.logits), index, self.axis, axis_name)
+            label_dx = passes.dx_of(capped, at_index(dlogits, index, self.axis, axis_name))
+        reference = passes.dx_of(passes.arrays.row_max, passes.mean_at_max(lambda c: c.dlogit))
+        if passes.lacks_label:
+            loss = known(residuals.kept["label"])
+            label_is_largest = loss - residuals.log_z < math.log(4 / 3)  # see `terms.below_top`
+            reference = jnp.where(label_is_largest, known(label_dx), reference)
+        passes.moving(known(passes.arrays.moving)._replace(reference=reference))
+        log_z = passes.sum(lambda c: c.p_but_label * c.dz)
+        label_z = None if label_dx is None else label_dx - reference
+        if passes.lacks_label:
+            log_z += jnp.exp(-known(residuals.kept["label"])) * known(label_z)
+        return Moved(log_z=log_z, label_z=label_z, log_normalizer=log_z + reference)
+
+    def exchanges_logits(self, inputs: RowInputs) -> bool:
+        alike = self.logit_softcap is None and known(inputs.logits).dtype == inputs.dtype
+        return alike and self.takes_p_alone(inputs, self.costs)
+
+    def takes_p_alone(self, inputs: RowInputs, names: Iterable[str]) -> bool:
+        costs = self.costs_of(inputs)
+        return all(costs[name].gradient_takes_p_alone for name in names)
+
+    def coefficients(
+        self, scalars: Scalars, sample_weight: Array | None, label_weight: Array | None
+    ) -> dict[str, Coefficient]:
+        others = {name: OPTIONAL[name].coefficient(scalars, sample_weight) for name in self.costs if name in OPTIONAL}
+        return {"label": coefficient_of_label(scalars, sample_weight, label_weight)} | others
+
+    def takes_class_weight(self, name: str, labels: Labels | None) -> bool:
+        if name == "label":
+            return known(labels).cost_takes_class_weight
+        return name in OPTIONAL and OPTIONAL[name].takes_class_weight
+
+    def largest_gradient(self, name: str) -> float:
+        return (OPTIONAL | STATISTICS).get(name, Cost).largest_gradient
+
+
+def _added_up(arrays: Iterable[Array | None], nothing: Array | None = None) -> Array | None:
+    """The sum of the arrays that are not None; `nothing` if all are None."""
+    there = [array for array in arrays if array is not None]
+    return reduce(jnp.add, there) if there else nothing

@@ -1,0 +1,138 @@
+"""The maximum of each row of logits, and the logarithm of the row's normalizer, without cancellation.
+
+With the row maximum m = max x and r = sum of exp(x[j] - m) over every class but the one at the maximum,
+
+    log_z = log1p(r)                       # log sum exp(x - m)
+    log p[j] = (x[j] - m) - log_z          # both terms <= 0: nothing cancels
+    p[j] - 1 = expm1(log p[j])
+
+`m` and `log_z` are kept as two numbers, because their sum loses the digits of log_z if |m| >> 1. If the label t is
+known, its class can be left out instead of the maximum's. With d = x[t] - m,
+
+    log_z = log1p(sum over j != t of exp(x[j] - m) + expm1(d))
+
+Then the loss log_z - d is as exact, although log_z alone is not. This form saves one pass over the logits.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Int
+
+from jxent._core.forward_mode import linear, mapped_with
+from jxent._core.shards import AxisNames, class_offset, each_shards_own, largest, shards_of, shared_cotangent
+from jxent._rows.passes import Arrays, Class, Logits, Moving, Passes, Row
+from jxent._rows.terms import below_top_of_exponentials, confident, rounded
+
+
+class Normalizer(NamedTuple):
+    """Row arrays (see `passes`), and the exponentials if they are kept."""
+
+    row_max: Row  # the largest logit, upcast; 0 in a row of -inf, so that x - m is not NaN
+    log_z: Row  # log sum exp(x - m); 0 in a row of -inf, so that p = 0 there
+    log_normalizer: Row  # log sum exp x
+    exp: Logits | None  # exp(x - m), of the logits' shape, except 0 at a label that is left out
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4, 5, 6))
+def normalizer(
+    logits: Logits,
+    label: tuple[Int[Array, "*row"], Row] | None,
+    axis: tuple[int, ...],
+    cap: float | None,
+    dtype: jnp.dtype,
+    save_exp: bool = False,
+    axis_name: AxisNames = (),
+) -> Normalizer:
+    """The `Normalizer` of the logits over the class axes.
+
+    `label` is (the class to leave out of the sum, its logit), both row arrays. None leaves out the maximum. With
+    `save_exp` the exponentials are computed once and kept, in an array of the logits' size.
+    """
+    # The maximum is taken before the upcast. After it, both passes would read one upcast copy, which would be stored.
+    initial = -jnp.inf if 0 in logits.shape else None
+    row_max = largest(jnp.max(logits, axis, keepdims=True, initial=initial), axis_name).astype(dtype)
+    empty = row_max == -jnp.inf
+    row_max = jnp.where(empty, 0, row_max)
+    passes = Passes(
+        arrays=Arrays(logits=logits, row_max=row_max),
+        axis=axis,
+        dtype=dtype,
+        softcap=cap,
+        axis_name=axis_name,
+        previous=row_max,
+    )
+    add_up = passes.save_exponentials if save_exp else passes.sum_of_exponentials
+    if label is not None:
+        index, logit = label
+        rest = add_up(but=index) + jnp.expm1(passes.z_of(rounded(logit.astype(dtype), jnp.ones((), dtype))))
+    else:
+        everything = add_up()
+        below = passes.sum(lambda c: c.exp_z * below_top_of_exponentials(c.exp_z, c.one))
+        # If the sum is at least 1.5, subtracting 1 loses little. If the sum is less, the maximum is unique.
+        rest = jnp.where(everything < 1.5, below, everything - 1)
+    empty &= rest == rest  # a maximum over shards may ignore NaN
+    log_z = jnp.log1p(jnp.where(empty, 0, rest))
+    m = row_max if cap is None else cap * jnp.tanh(row_max / cap)
+    log_normalizer = jnp.where(m == jnp.inf, jnp.inf, m + log_z)  # where log_z is NaN
+    log_normalizer = jnp.where(empty, -jnp.inf, log_normalizer)
+    # `jax.vmap` would otherwise take these values as shared by the shards and their tangents as not shared.
+    shards = shards_of(axis_name)
+    row_max, log_z, log_normalizer = each_shards_own((row_max, log_z, log_normalizer), shards, class_offset(shards, 1))
+    row = Normalizer(row_max=row_max, log_z=log_z, log_normalizer=log_normalizer, exp=passes.arrays.exp)
+    return mapped_with(row, (logits, label))
+
+
+# With dz[j] = dx[j] - dm, d log_z = sum of p[j] dz[j]. Any dm is right, because a shift of all logits changes no
+# probability. If the largest logit has p of 2/3 or more, dm is the tangent of that logit (`terms.centered`). Otherwise
+# dm is 0, which adds no terms that cancel. These sums are a `linear` map, so that XLA:CPU fuses each into one pass.
+@normalizer.defjvp
+def _normalizer_jvp(
+    axis: tuple[int, ...],
+    cap: float | None,
+    dtype: jnp.dtype,
+    save_exp: bool,
+    axis_name: AxisNames,
+    primals: Any,
+    tangents: Any,
+) -> tuple[Normalizer, Normalizer]:
+    out = normalizer(*primals, axis, cap, dtype, save_exp, axis_name)
+    shards = shards_of(axis_name)
+
+    def passes_of(logits: Logits, row_max: Row, log_z: Row, moving: Moving | None = None) -> Passes:
+        arrays = Arrays(logits=logits, row_max=row_max, log_z=log_z, moving=moving)
+        return Passes(arrays=arrays, axis=axis, dtype=dtype, softcap=cap, axis_name=axis_name, previous=log_z)
+
+    def apply(residuals: Sequence[Array], directions: Sequence[Array]) -> Sequence[Array]:
+        logits, row_max, log_z = residuals
+        sure, (dlogits,) = confident(log_z), directions
+        passes = passes_of(logits, row_max, log_z, Moving(logits=dlogits))
+        drow_max = passes.sum(lambda c, sure: sure * c.at_max * c.dlogit, sure)
+        passes.moving(Moving(logits=dlogits, reference=passes.dx_of(row_max, drow_max)))
+        dlog_z = passes.sum(lambda c, sure: c.p * c.dz * (c.one - sure * c.at_max), sure)
+        return [drow_max, dlog_z]
+
+    def transpose(residuals: Sequence[Array], cotangents: Sequence[Array]) -> Sequence[Array]:
+        logits, row_max, log_z = residuals
+        to_row_max, to_log_z = shared_cotangent(cotangents, shards)
+        passes = passes_of(logits, row_max, log_z)
+        others = passes.sum(lambda c, sure: c.p * (c.one - sure * c.at_max), confident(log_z))
+        at_top = to_row_max - passes.dx_of(row_max, to_log_z * others)
+
+        def gradient(c: Class, sure: Row, to_log_z: Row, at_top: Row) -> Logits:
+            return jnp.where(sure * c.at_max > 0, at_top.astype(logits.dtype), c.to_logit(c.p * to_log_z))
+
+        return [passes.map(gradient, confident(log_z), to_log_z, at_top)]
+
+    residuals, directions = [primals[0], out.row_max, out.log_z], [tangents[0]]
+    drow_max, dlog_z = linear(apply, transpose, residuals, directions, [out.row_max, out.log_z])
+    passes, dexp = passes_of(*residuals), None
+    if out.exp is not None:
+        dexp = out.exp * jax.jvp(passes.z_of, (primals[0], out.row_max), (tangents[0], drow_max))[1]
+    return out, Normalizer(
+        row_max=drow_max, log_z=dlog_z, log_normalizer=passes.dx_of(out.row_max, drow_max) + dlog_z, exp=dexp
+    )

@@ -1,0 +1,178 @@
+"""One block of positions: its logits, their costs, and the gradients of the costs.
+
+The logits of a block are hidden @ kernel + bias, of one output layer, or of two for a divergence. Logits and costs are
+at least float32. Only the gradient of the logits is rounded to the operands' dtype, for the backward matmuls.
+"""
+
+from typing import Any, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float, Int
+
+from jxent._backend.backend import Backend
+from jxent._backend.fusion import barrier, unfused
+from jxent._backend.matmuls import dot, operands_of_block
+from jxent._core.dtypes import compute_dtype
+from jxent._core.shards import cast_alike
+from jxent._core.weights import along, only
+from jxent._labels.labels import Labels
+from jxent._objective.objective import Objective, RowInputs
+from jxent._objective.rule import BlockOf, costs_of_block
+from jxent._rows.passes import known
+from jxent._rows.terms import rounded
+
+
+class Sweep(NamedTuple):
+    """The static part of a sweep (a loop over blocks of positions): the objective, and options of the loop."""
+
+    function: str  # the name of the public function, for profiles
+    objective: Objective
+    vocab_axis: int
+    block_size: int | None  # None for the default
+    precision: Any  # as `jax.lax.dot_general` takes it
+    vocab_axis_p: int = 1  # of `Inputs.kernel_p`
+
+
+class Inputs(NamedTuple):
+    """Arrays, their gradients, or the objects that a forward rule with `symbolic_zeros` gets; None if not given."""
+
+    hidden: Float[Array, "*positions features"]
+    kernel: Float[Array, "rows columns"]  # the axis of the vocabulary is `Sweep.vocab_axis`
+    bias: Float[Array, " vocab"] | None = None
+    labels: Labels | None = None
+    class_weight: Float[Array, " vocab"] | None = None  # see `RowInputs`
+    mask: Bool[Array, "*positions"] | None = None  # False at masked positions
+    class_offset: Int[Array, ""] | None = None  # see `RowInputs`
+    temperature: Float[Array, ""] | None = None  # see `RowInputs`; the fields below are those of P in a divergence
+    hidden_p: Float[Array, "*positions features_p"] | None = None
+    kernel_p: Float[Array, "rows_p columns_p"] | None = None
+    bias_p: Float[Array, " vocab"] | None = None
+
+    def array(self, name: str) -> Any:
+        """The array (or gradient) of this name; for labels, the one array that they have."""
+        if name == "labels":
+            return None if self.labels is None else self.labels.array
+        return getattr(self, name)
+
+    def with_arrays(self, arrays: dict[str, Any]) -> Self:
+        """The inputs with other arrays, by the names of `array`."""
+        if "labels" in arrays and self.labels is not None:
+            arrays = arrays | {"labels": self.labels.with_array(arrays["labels"])}
+        return self._replace(**arrays)
+
+
+class Swept(NamedTuple):
+    """Results of a sweep for each position, as arrays of the positions' shape."""
+
+    costs: dict[str, Array]  # by name
+    prediction: Array | None  # if statistics are wanted
+
+
+Gradients = dict[str, Array]
+"""Gradients by the names of the fields of `Inputs`."""
+
+POSITIONAL = ("hidden", "labels", "mask", "hidden_p")
+"""The fields of `Inputs` that have the axes of the positions."""
+
+
+class _Layer(NamedTuple):
+    """The output layer of a block, as its matmuls take it."""
+
+    hidden: Array  # 0 at masked positions
+    kernel: Array
+    vocab_axis: int
+    suffix: str  # of the names of its arrays in `Inputs`
+
+    def logits(self, bias: Array | None, precision: Any) -> Float[Array, "*block vocab"]:
+        last = self.hidden.ndim - 1
+        with jax.named_scope("logits" + self.suffix):
+            logits = dot(self.hidden, self.kernel, ((last,), (1 - self.vocab_axis,)), precision)
+            if self.hidden.shape[-1] == 1:  # XLA:CPU would recompute this product in each pass, and round otherwise
+                logits = rounded(logits, barrier(jnp.ones((), logits.dtype)))
+            if bias is None:
+                return logits
+            dtype = compute_dtype(logits.dtype, bias.dtype)
+            return logits.astype(dtype) + known(along(bias, logits.ndim, last, dtype))
+
+    def gradients(self, wrt: tuple[str, ...], dlogits: Array, backend: Backend, precision: Any) -> Gradients:
+        """The gradients of the hidden states and the kernel, if `wrt` names them."""
+        g, gradients = dlogits.astype(self.hidden.dtype), {}
+        if (name := "hidden" + self.suffix) in wrt:
+            with jax.named_scope(name + "_gradient"):
+                gradients[name] = dot(g, self.kernel, ((g.ndim - 1,), (self.vocab_axis,)), precision)
+        if (name := "kernel" + self.suffix) in wrt:
+            with jax.named_scope(name + "_gradient"):
+                gradients[name] = backend.kernel_gradient(self.hidden, g, self.vocab_axis, precision)
+        return gradients
+
+
+def _layers(sweep: Sweep, inputs: Inputs, row_mask: Array | None) -> tuple[_Layer, _Layer | None]:
+    """(the `_Layer` of the logits, the `_Layer` of P in a divergence or None)."""
+    # Masked hidden states become 0 before the matmul, because in the kernel's gradient 0 * NaN would be NaN.
+    hidden, kernel = operands_of_block(only(row_mask, inputs.hidden), inputs.kernel)
+    of_q = _Layer(hidden=hidden, kernel=kernel, vocab_axis=sweep.vocab_axis, suffix="")
+    if inputs.hidden_p is None or inputs.kernel_p is None:
+        return of_q, None
+    hidden, kernel = operands_of_block(only(row_mask, inputs.hidden_p), inputs.kernel_p)
+    return of_q, _Layer(hidden=hidden, kernel=kernel, vocab_axis=sweep.vocab_axis_p, suffix="_p")
+
+
+def block_of(
+    sweep: Sweep, wrt: tuple[str, ...], backend: Backend, inputs: Inputs, coefficients: dict[str, Array]
+) -> tuple[Swept, Gradients]:
+    """The costs of one block, and the gradients by the inputs named in `wrt`.
+
+    They are gradients of the sum of the costs times their coefficients. Gradients of arrays that all blocks share have
+    the dtype in which they are summed. `Backend.kernel_gradient` returns the kernel's.
+    """
+    row_mask = None if inputs.mask is None else inputs.mask[..., None]
+    layer, layer_p = _layers(sweep, inputs, row_mask)
+    logits, precision, objective = layer.logits(inputs.bias, sweep.precision), sweep.precision, sweep.objective
+    labels = None if inputs.labels is None else inputs.labels.with_class_axis(logits.ndim - 1)
+    of_block = RowInputs(
+        logits=logits,
+        # Masked hidden states are 0 above. Masked probabilities are not, and so must not be differentiated.
+        labels=None if labels is None else labels.moving_where(row_mask),
+        logits_p=None if layer_p is None else layer_p.logits(inputs.bias_p, precision),
+        class_weight=inputs.class_weight,
+        temperature=inputs.temperature,
+        mask=row_mask,
+        class_offset=inputs.class_offset,
+    )
+    if wrt:
+        with jax.named_scope("rows"):
+            out, residuals = objective.forward(of_block, backend.saves_exp)
+    else:
+        # The gradients of these arrays must vary over a mesh as the arrays do.
+        of_classes = of_block.replace(labels=None, mask=None, class_offset=None)
+        labels, of_classes, mask = cast_alike(objective.shards, of_block.labels, of_classes, row_mask)
+        of_block = of_classes.replace(labels=labels, mask=mask, class_offset=inputs.class_offset)
+        static = BlockOf(objective=objective, save_exp=backend.saves_exp)
+        with jax.named_scope("rows"):
+            out, residuals = costs_of_block(static, of_block), None
+    costs, prediction = jax.tree.map(lambda row: only(inputs.mask, row[..., 0]), out)
+    swept = Swept(costs=costs, prediction=prediction)
+    if residuals is None:
+        return swept, {}
+
+    to_costs = {name: c[..., None].astype(swept.costs[name].dtype) for name, c in coefficients.items()}
+    with jax.named_scope("logits_gradient"):
+        to_rows = objective.backward(residuals, to_costs)
+    gradients = layer.gradients(wrt, to_rows.logits, backend, precision)
+    if layer_p is not None:
+        gradients |= layer_p.gradients(wrt, to_rows.logits_p, backend, precision)
+    for name, field in (("bias", "logits"), ("bias_p", "logits_p")):
+        if name in wrt:
+            # The terms are computed once more for this sum. If they had two uses, XLA:CPU would write all of them.
+            with jax.named_scope(name + "_gradient"):
+                again, _ = barrier(((residuals, to_costs), getattr(to_rows, field)))
+                terms = unfused(getattr(objective.backward(*again), field))
+                gradients[name] = jnp.sum(terms, tuple(range(terms.ndim - 1)))
+    if "labels" in wrt:
+        gradients["labels"] = to_rows.labels.array
+    for name in ("class_weight", "temperature"):
+        if name in wrt:
+            gradients[name] = getattr(to_rows, name)
+    return swept, gradients
