@@ -414,11 +414,13 @@ def _expected(config, values, a):
     def add(name, value, scale, slack=1.0, lost=least):
         found[name] = Expected(*(np.asarray(array, np.float64) for array in (value, scale, slack, lost)))
 
+    lost = config.classes * least  # each class may underflow, with weights of at most 4 * 4
     if config.reduction == "none":
-        add("loss", loss, loss_scale)
+        add("loss", loss, loss_scale, lost=lost)
     else:
         by = divisor if mean else one
-        add("loss", np.sum(loss, -1, keepdims=True) / by, np.sum(loss_scale, -1, keepdims=True) / by)
+        total_loss, scale = (np.sum(array, -1, keepdims=True) / by for array in (loss, loss_scale))
+        add("loss", total_loss, scale, lost=n * lost)
     if config.function != "nll_loss":
         log_prob = np.sum(oracle.times(q, cost), -1)
         add("log_prob", -log_prob, log_prob)
