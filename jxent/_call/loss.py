@@ -82,7 +82,7 @@ def placed_loss_of(
 
 def weight_dimensions(weights: Weights, positions: tuple[int, ...]) -> Weights:
     """The dimensions of each array of the weights, which `Placement.spec` explains."""
-    scalars = jax.tree.map(lambda _: (), weights.scalars)
+    scalars: Any = dict.fromkeys(weights.scalars, ())
     dimensions: Any = {"class_weight": (CLASSES,), "sample_weight": positions, "where": positions, "temperature": ()}
     return weights._replace(scalars=scalars, **dimensions)
 
