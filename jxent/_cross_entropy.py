@@ -11,9 +11,8 @@ from jxent._call.annotations import ArrayLike, AxisName, LogitsLossOptions, Redu
 from jxent._call.axis_names import loss_axes
 from jxent._call.loss import Stats, placed_loss_of
 from jxent._call.names import known_names
-from jxent._call.options import Weights, options_of, traced_of
+from jxent._call.options import Weights, cross_entropy_options, traced_of
 from jxent._labels.sparse import SparseLabels
-from jxent._objective.cross_entropy import CrossEntropy
 
 
 @overload
@@ -129,21 +128,17 @@ def cross_entropy(
     class_weight, sample_weight, where = checks.weights(name, class_weight, sample_weight, where, logits, axis)
     over = loss_axes(name, "logits", logits, axis, axis_name, batch_axis_name, reduction)
     scalars = checks.scalars(name, label_smoothing, z_loss_weight)
-    objective = CrossEntropy(
-        axis=axis,
-        shards=over.shards,
-        logit_softcap=checks.softcap(name, logit_softcap),
-        costs=CrossEntropy.wanted(scalars),
-        has_stats=checks.flag(name, "return_stats", return_stats),
-    )
-    options = options_of(
+    options = cross_entropy_options(
         name,
         "logits",
-        objective=objective,
+        axis=axis,
+        labels=of_kind,
         over=over,
         scalars=scalars,
+        logit_softcap=logit_softcap,
+        ignore_index=ignore_index,
         reduction=reduction,
-        ignore_index=checks.ignored_class(name, ignore_index, of_kind),
+        return_stats=return_stats,
     )
     weights = Weights(class_weight=class_weight, sample_weight=sample_weight, where=where, scalars=traced_of(scalars))
     return placed_loss_of(over.placement, options, logits, weights, labels=of_kind)

@@ -12,7 +12,7 @@ from jxent._call.annotations import ArrayLike, AxisName, LinearLossOptions, Redu
 from jxent._call.axis_names import Sharded, mesh_axes
 from jxent._call.loss import Stats, weight_dimensions, with_stats
 from jxent._call.names import known_names
-from jxent._call.options import Options, Weights, options_of, traced_of
+from jxent._call.options import Options, Weights, cross_entropy_options, traced_of
 from jxent._call.placement import CLASSES, placed
 from jxent._call.positions import coefficients_of, denominator, positions_of
 from jxent._core.dtypes import compute_dtype
@@ -21,7 +21,6 @@ from jxent._labels.labels import Labels
 from jxent._labels.sparse import SparseLabels
 from jxent._linear_loss import loss_by_sweep
 from jxent._mesh.sharded import covers_its_mesh
-from jxent._objective.cross_entropy import CrossEntropy
 from jxent._sweep.block import Inputs, Sweep
 
 
@@ -167,26 +166,21 @@ def linear_cross_entropy(
     over = mesh_axes(name, axis_name, of_kernel, batch_axis_name, of_hidden, reduction)
     checks.one_device_if_symbolic(name, hidden, kernel)
     scalars = checks.scalars(name, label_smoothing, z_loss_weight)
-    ignore_index = checks.ignored_class(name, ignore_index, of_kind)
-    objective = CrossEntropy(
-        axis=logits.ndim - 1,
-        shards=over.shards,
-        logit_softcap=checks.softcap(name, logit_softcap),
-        costs=CrossEntropy.wanted(scalars),
-        has_stats=checks.flag(name, "return_stats", return_stats),
-    )
-    options = options_of(
+    options = cross_entropy_options(
         name,
         "hidden",
-        objective=objective,
+        axis=logits.ndim - 1,
+        labels=of_kind,
         over=over,
         scalars=scalars,
-        reduction=reduction,
+        logit_softcap=logit_softcap,
         ignore_index=ignore_index,
+        reduction=reduction,
+        return_stats=return_stats,
     )
     sweep = Sweep(
         function=name,
-        objective=objective,
+        objective=options.objective,
         vocab_axis=vocab_axis,
         block_size=None if block_size is None else checks.positive(name, "block_size", block_size),
         precision=checks.matmul_precision(name, precision),

@@ -363,6 +363,41 @@ def test_what_excluded_positions_hold_reaches_nothing(labels_are, reduction):
     np.testing.assert_array_equal(np.asarray(got[1][0])[np.asarray(out)], 0)
 
 
+# A gradient of 0 at such a position is 0 times what it holds in the next derivative.
+@pytest.mark.covering("probabilities-none")
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("labels_are", ["index", "probabilities", "sparse"])
+def test_what_excluded_positions_hold_reaches_no_second_derivative(labels_are, reduction):
+    hidden, kernel, bias, labels = arrays((7,), 4, 6, dtype=np.float32)
+    out = jnp.arange(7) % 3 == 0
+    q = jax.nn.softmax(hidden @ kernel)
+    probabilities = q[:, :2] if labels_are == "sparse" else q
+
+    def run(hidden, q):
+        of_kind = {
+            "index": labels,
+            "probabilities": q,
+            "sparse": jxent.SparseLabels(jnp.tile(jnp.arange(2), (7, 1)), q),
+        }
+
+        def loss(kernel, bias):
+            options = {"bias": bias, "where": ~out, "reduction": reduction, "block_size": 2}
+            return jnp.sum(jxent.linear_cross_entropy(hidden, kernel, of_kind[labels_are], **options))
+
+        def along(kernel, bias):
+            return jax.jvp(loss, (kernel, bias), (kernel, bias))[1]
+
+        def squares(kernel, bias):
+            return sum(jnp.sum(gradient**2) for gradient in jax.grad(loss, (0, 1))(kernel, bias))
+
+        return [jax.jit(jax.grad(function, (0, 1)))(kernel, bias) for function in (along, squares)]
+
+    bad = jnp.where(out[:, None], jnp.nan, 0)
+    got, want = run(hidden + bad, probabilities + bad), run(hidden, probabilities)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(want))
+    chex.assert_trees_all_close(got, want, rtol=1e-6)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_nothing_counts(reduction):
     hidden, kernel, _, labels = arrays((4,), 3, 5, dtype=np.float32)

@@ -1,9 +1,9 @@
 """The contract of a backend: the choices that depend on the platform."""
 
 import abc
-from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
@@ -58,5 +58,5 @@ class Backend(abc.ABC):
         """A gradient from `kernel_gradient`, of one block or summed over several, in the layout of the kernel."""
 
     @abc.abstractmethod
-    def collective(self, function: Callable[[Array], Array], array: Array) -> Array:
-        """``function(array)``, where the function adds up over devices. The platform may choose the sum's dtype."""
+    def dtype_over_devices(self, dtype: jnp.dtype) -> jnp.dtype:
+        """The dtype in which arrays of this dtype are added up over devices."""

@@ -7,7 +7,6 @@ copy in only one layout.
 """
 
 import math
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -82,11 +81,9 @@ class CPU(Backend):
         # axis of size 1 hides the transpose.
         return jnp.moveaxis(barrier(gradient[..., None]), 1, 0)[..., 0]
 
-    def collective(self, function: Callable[[Array], Array], array: Array) -> Array:
-        """Adds 16-bit numbers in float32. XLA:CPU's own sum ends the process if it is over some of a mesh's axes."""
-        if array.dtype.itemsize > 2:
-            return function(array)
-        return function(array.astype(jnp.float32)).astype(array.dtype)
+    def dtype_over_devices(self, dtype: jnp.dtype) -> jnp.dtype:
+        """Float32 for 16 bits. XLA:CPU's own sum of these ends the process if it is over some of a mesh's axes."""
+        return jnp.dtype(jnp.float32) if dtype.itemsize == 2 else dtype
 
 
 @cache

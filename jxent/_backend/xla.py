@@ -1,8 +1,8 @@
 """The backend of GPUs and TPUs, whose XLA compilers fuse comparisons and masks with a sum."""
 
-from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
 from jax import Array
 
 from jxent._backend.backend import Backend
@@ -35,8 +35,8 @@ class XLA(Backend):
     def in_layout_of_kernel(self, gradient: Array, vocab_axis: int, one_block: bool) -> Array:
         return gradient
 
-    def collective(self, function: Callable[[Array], Array], array: Array) -> Array:
-        return function(array)
+    def dtype_over_devices(self, dtype: jnp.dtype) -> jnp.dtype:
+        return dtype
 
 
 def by_budget(positions: Any, classes: int, least: int, budget: int) -> int:

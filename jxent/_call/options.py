@@ -11,6 +11,8 @@ from jxent._call import checks
 from jxent._call.axis_names import Over
 from jxent._core.dtypes import compute_dtype
 from jxent._core.shards import AxisNames
+from jxent._labels.labels import Labels
+from jxent._objective.cross_entropy import CrossEntropy
 from jxent._objective.objective import Objective
 from jxent._rows.costs import Scalars
 
@@ -71,6 +73,33 @@ def options_of(
         ignore_index=ignore_index,
         reduction=checks.reduction(function, reduction),
         batch_axis_name=over.batch,
+    )
+
+
+def cross_entropy_options(
+    function: str,
+    argument: str,
+    *,
+    axis: int,
+    labels: Labels,
+    over: Over,
+    scalars: Scalars,
+    logit_softcap: object,
+    ignore_index: object,
+    reduction: object,
+    return_stats: object,
+) -> Options:
+    """The `Options` of `cross_entropy` and `linear_cross_entropy`."""
+    objective = CrossEntropy(
+        axis=axis,
+        shards=over.shards,
+        logit_softcap=checks.softcap(function, logit_softcap),
+        costs=CrossEntropy.wanted(scalars),
+        stats=checks.flag(function, "return_stats", return_stats),
+    )
+    ignored = checks.ignored_class(function, ignore_index, labels)
+    return options_of(
+        function, argument, objective=objective, over=over, scalars=scalars, reduction=reduction, ignore_index=ignored
     )
 
 

@@ -159,8 +159,6 @@ class EntryCost(LabelCost):
     shares at the entries.
     """
 
-    takes_class_weight = True
-
     def __init__(self, entries: Entries, class_weight: Array | None) -> None:
         self.entries, self.class_weight = entries, class_weight
 

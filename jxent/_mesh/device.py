@@ -11,11 +11,12 @@ from collections.abc import Callable, Container, Mapping
 from functools import partial
 from typing import Any
 
+import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import PartitionSpec
 
 from jxent._backend.backend import Backend
-from jxent._backend.platform import by_platform, itself
+from jxent._backend.platform import by_platform
 from jxent._core.shards import AxisNames, Shards, by_compiler, class_offset, total
 from jxent._mesh.layout import Layout, dimensions, result_dimensions
 from jxent._sweep.block import Gradients, Inputs, Sweep, Swept
@@ -92,10 +93,12 @@ def _over_devices(sweep: Sweep, plan: Layout, shares: Container[str], name: str,
 
 
 def _collective(function: Callable[[Array], Array], gradient: Array) -> Array:
-    """``function(gradient)``; for 16-bit numbers the backend decides the dtype of the sum."""
-    if gradient.dtype.itemsize > 2:
-        return function(gradient)
-    return by_platform(itself, lambda backend, gradient: backend.collective(function, gradient), gradient)
+    """``function(gradient)``, in the dtype in which the platform adds up over devices."""
+
+    def in_dtype(dtype: jnp.dtype, gradient: Array) -> Array:
+        return function(gradient.astype(dtype)).astype(gradient.dtype)
+
+    return by_platform(lambda backend: backend.dtype_over_devices(gradient.dtype), in_dtype, gradient)
 
 
 def all_dimensions(

@@ -45,7 +45,7 @@ class CrossEntropy(Objective):
     shards: Shards
     logit_softcap: float | None
     costs: tuple[str, ...]  # names of the costs whose weighted sum is the loss
-    has_stats: bool  # whether `forward` returns statistics too
+    stats: bool  # whether `forward` returns statistics too
 
     @classmethod
     def wanted(cls, scalars: Scalars) -> tuple[str, ...]:
@@ -54,11 +54,7 @@ class CrossEntropy(Objective):
 
     @property
     def names(self) -> tuple[str, ...]:
-        return (*self.costs, *STATISTIC_NAMES) if self.has_stats else self.costs
-
-    @property
-    def stats(self) -> bool:
-        return self.has_stats
+        return (*self.costs, *STATISTIC_NAMES) if self.stats else self.costs
 
     def costs_of(self, inputs: RowInputs) -> dict[str, Cost]:
         """The costs by name, with the statistics if they are wanted."""
@@ -66,7 +62,7 @@ class CrossEntropy(Objective):
         weight = self._class_weight(inputs) if labels.cost_takes_class_weight else None
         label = labels.cost(classes, weight)
         costs: dict[str, Cost] = {name: label if name == "label" else OPTIONAL[name] for name in self.costs}
-        if not self.has_stats:
+        if not self.stats:
             return costs
         unweighted = label if weight is None else labels.cost(classes, None)
         return costs | {"log_prob": LogProb(unweighted)} | STATISTICS
@@ -80,7 +76,7 @@ class CrossEntropy(Objective):
 
         The label's cost is then as exact, but log_z alone is not. So no other cost and no statistic may need log_z.
         """
-        return self.costs == ("label",) and not self.has_stats and labels.can_be_left_out(self.classes(size, None))
+        return self.costs == ("label",) and not self.stats and labels.can_be_left_out(self.classes(size, None))
 
     def passes(self, residuals: Residuals, previous: Row) -> Passes:
         dtype, inputs = residuals.log_z.dtype, residuals.inputs
@@ -125,7 +121,7 @@ class CrossEntropy(Objective):
             values[name] = cost.value(passes, before)
             if name == "label":
                 before = before._replace(label=(cost, values[name]))
-        prediction = largest_class(logits, classes) if self.has_stats else None
+        prediction = largest_class(logits, classes) if self.stats else None
         kept = {name: kept for name, (_, kept) in values.items()}
         out = {name: value for name, (value, _) in values.items()}
         return (out, prediction), residuals._replace(kept=kept, exp=row.exp)

@@ -17,7 +17,7 @@ from jxent._core.shards import ClassAxis, Shards
 from jxent._core.weights import only, product_of
 from jxent._labels.labels import Labels
 from jxent._rows.costs import Coefficient, Scalars
-from jxent._rows.passes import Logits, Row
+from jxent._rows.passes import Logits, Row, known
 
 Costs = dict[str, Row]
 """The costs of each position, by their names."""
@@ -72,16 +72,13 @@ class Objective(abc.ABC):
 
     axis: int
     shards: Shards
+    stats: bool = False
+    """Whether there are statistics among the costs, and a prediction."""
 
     @property
     @abc.abstractmethod
     def names(self) -> tuple[str, ...]:
         """The names of all costs that `forward` returns."""
-
-    @property
-    def stats(self) -> bool:
-        """Whether there are statistics among the costs, and a prediction."""
-        return False
 
     @abc.abstractmethod
     def forward(self, inputs: Any, save_exp: bool) -> tuple[tuple[Costs, Int[Array, "*row"] | None], Any]:
@@ -137,9 +134,7 @@ class Objective(abc.ABC):
 
     def class_axis(self, inputs: RowInputs) -> ClassAxis:
         """The class axis of the inputs."""
-        arrays: Any = (inputs.logits, inputs.logits_p)
-        array = next(array for array in arrays if array is not None)
-        return self.classes(array.shape[self.axis], inputs.class_offset)
+        return self.classes(known(inputs.logits).shape[self.axis], inputs.class_offset)
 
     def classes(self, size: int, offset: Int[Array, ""] | None) -> ClassAxis:
         return ClassAxis(axis=self.axis, size=size, shards=self.shards, offset=offset)
@@ -169,5 +164,4 @@ class Objective(abc.ABC):
 
 
 def known_labels(inputs: RowInputs) -> Labels:
-    assert inputs.labels is not None
-    return inputs.labels
+    return known(inputs.labels)

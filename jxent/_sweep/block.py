@@ -133,14 +133,13 @@ def block_of(
     labels = None if inputs.labels is None else inputs.labels.with_class_axis(logits.ndim - 1)
     of_block = RowInputs(
         logits=logits,
-        # Masked hidden states are 0 above. Masked probabilities are not, and so must not be differentiated.
-        labels=None if labels is None else labels.moving_where(row_mask),
+        labels=labels,
         logits_p=None if layer_p is None else layer_p.logits(inputs.bias_p, precision),
         class_weight=inputs.class_weight,
         temperature=inputs.temperature,
         mask=row_mask,
         class_offset=inputs.class_offset,
-    )
+    ).without_masked()  # masked hidden states are 0 above, but masked label probabilities may be NaN
     if wrt:
         with jax.named_scope("rows"):
             out, residuals = objective.forward(of_block, backend.saves_exp)
