@@ -31,6 +31,12 @@ def cross_entropy(**options):
     return loss
 
 
+def with_weights(hidden, kernel, labels, where):
+    """Losses of which the mask selects some afterwards, so that the others have no gradient."""
+    losses = jxent.linear_cross_entropy(hidden, kernel, labels, reduction="none")
+    return jnp.sum(jnp.where(where, losses, 0))
+
+
 def kl(hidden, kernel, labels, where):
     del labels
     teacher = jax.lax.stop_gradient((2 * hidden, kernel))
@@ -49,6 +55,7 @@ def with_gradients(loss):
 OURS = {
     "value and gradients": with_gradients(cross_entropy()),
     'reduction="none"': with_gradients(cross_entropy(reduction="none")),
+    'reduction="none", selected afterwards': with_gradients(with_weights),
     "recompute=True": with_gradients(cross_entropy(recompute=True)),
     "the loss alone": cross_entropy(),
     "linear_kl_divergence": with_gradients(kl),

@@ -67,7 +67,7 @@ def linear_kl_divergence(
       where: boolean, broadcasts to the leading shape; False masks a position, even if its hidden states contain NaN.
         Blocks skip masked positions, as in `linear_cross_entropy`.
       reduction: ``"mean"``, ``"sum"`` or ``"none"``, as in `kl_divergence`. With ``"none"`` the gradients are computed
-        in the backward pass.
+        in the backward pass, which skips positions whose cotangents are all 0.
       axis_name, batch_axis_name: mesh axes over which the vocabulary and the positions of both sides are sharded, as in
         `linear_cross_entropy`.
       block_size: the largest number of positions in a block; the default is half of that of `linear_cross_entropy`,

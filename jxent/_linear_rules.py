@@ -3,15 +3,16 @@
 Coefficients are a dictionary from the name of a cost to an array of the positions' shape.
 """
 
-from functools import partial
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.custom_derivatives import SymbolicZero
 
 from jxent._core.dtypes import compute_dtype
-from jxent._core.forward_mode import with_forward_mode
+from jxent._core.forward_mode import jvp_of_moving, with_forward_mode
 from jxent._core.shards import scaled, shared_cotangent
 from jxent._core.weights import weigh
 from jxent._mesh.auto import depends_on_devices
@@ -74,7 +75,37 @@ def _gradients_of_costs(sweep: Sweep, inputs: Inputs, differentiated: Inputs, co
     """The gradients of the costs that have a cotangent."""
     coefficients = {name: cotangent for name, cotangent in cotangents.items() if cotangent is not None}
     coefficients = shared_cotangent(coefficients, sweep.objective.shards)
-    return _gradients(differentiated, sharded(sweep, _names(differentiated), inputs, coefficients)[1])
+    return _gradients(differentiated, _gradients_unless_zero(sweep, _names(differentiated), inputs, coefficients))
+
+
+def _gradients_unless_zero(sweep: Sweep, wrt: tuple[str, ...], inputs: Inputs, coefficients: Coefficients) -> Gradients:
+    """The gradients of a sweep that masks the positions whose coefficients are all 0, and so skips them.
+
+    Derivatives of the gradients by such a coefficient are not 0, so tangents come from a sweep over all positions.
+    Dense label probabilities are an exception: to skip positions, a sweep would have to copy a block of them.
+    """
+    if inputs.mask is None and inputs.labels is not None and inputs.labels.dense is not None:
+        return sharded(sweep, wrt, inputs, coefficients)[1]
+    leaves, tree = jax.tree.flatten((inputs, coefficients))
+
+    def of_all(*leaves: Array) -> Gradients:
+        inputs, coefficients = tree.unflatten(leaves)
+        return sharded(sweep, wrt, inputs, coefficients)[1]
+
+    @jax.custom_jvp
+    def of_some(*leaves: Array) -> Gradients:
+        inputs, coefficients = tree.unflatten(leaves)
+        used = reduce(jnp.logical_or, (c != 0 for c in coefficients.values()))
+        mask = used if inputs.mask is None else inputs.mask & used
+        return sharded(sweep, wrt, inputs._replace(mask=mask), coefficients)[1]
+
+    def jvp(primals: Any, tangents: Any) -> tuple[Gradients, Gradients]:
+        moving = [i for i, tangent in enumerate(tangents) if not isinstance(tangent, SymbolicZero)]
+        moved = jvp_of_moving(of_all, moving, primals, [tangents[i] for i in moving])[1]
+        return of_some(*primals), moved
+
+    of_some.defjvp(jvp, symbolic_zeros=True)
+    return of_some(*leaves)
 
 
 def _linear_costs_tangent(sweep: Sweep, residuals: tuple[Inputs, Inputs], tangents: Inputs) -> dict[str, Array]:

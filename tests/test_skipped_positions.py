@@ -303,3 +303,85 @@ def test_loops_of_dynamic_length():
     one_block = program(*arrays, block_size=512)
     assert one_block.as_text().count(" dot(") == 3
     assert " while(" not in one_block.as_text()
+
+
+# --- positions whose cotangents are all 0: the backward pass skips them ----------------------------------------------
+
+WEIGHTS = np.where(MASKS["scattered"], RNG.normal(size=(B, L)), 0.0)
+
+
+def weighed(module, way, hidden, kernel, weights):
+    """A sum of losses, or of statistics, with weights of which most are 0."""
+    if way == "KL":
+        arrays = (hidden, kernel, jnp.cos(hidden), kernel)
+        of_each = (
+            jxent.linear_kl_divergence(*arrays, reduction="none", block_size=BLOCK)
+            if module is jxent
+            else reference.kl_divergence(arrays[0] @ arrays[1], arrays[2] @ arrays[3], reduction="none")
+        )
+        return jnp.sum(weights * of_each)
+    options = {"sample_weight": weights, "reduction": "sum"} if way == "recompute" else {"reduction": "none"}
+    options["return_stats"] = way == "statistics"
+    if module is jxent:
+        options |= {"block_size": BLOCK, "recompute": way == "recompute", "ignore_index": None}
+        out = jxent.linear_cross_entropy(hidden, kernel, LABELS, **options)
+    else:
+        out = reference.cross_entropy(hidden @ kernel, LABELS, **options)
+    if way == "recompute":
+        return out
+    return jnp.sum(weights * (out if way == "none" else jnp.sin(out[1].log_prob) + out[1].entropy))
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.covering("none-rr", "statistics-fr")
+@pytest.mark.parametrize("modes", ["r", "f", "rr", "rf", "fr"])
+@pytest.mark.parametrize("way", ["none", "recompute", "statistics", "KL"])
+def test_zero_cotangents_equal_full_logits(way, modes):
+    """Also derivatives by the cotangents: where a cotangent is 0, its derivative is not."""
+    at = tuple(map(jnp.asarray, (HIDDEN, KERNEL, WEIGHTS)))
+    found, wanted = (
+        jax.jit(differentiated(partial(weighed, module, way), modes))(*at) for module in (jxent, reference)
+    )
+    chex.assert_trees_all_close(found, wanted, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("way", ["none", "recompute", "statistics", "KL"])
+def test_zero_cotangents_take_no_blocks(way):
+    """One program for all weights has two loops without a known length: full blocks, smaller steps. NaN is not 0."""
+    arrays = [jnp.asarray(a, jnp.float32) for a in (HIDDEN, KERNEL, WEIGHTS)]
+    program = jax.jit(jax.grad(partial(weighed, jxent, way), (0, 1))).lower(*arrays).compile()
+    loops = [line for line in program.as_text().splitlines() if " while(" in line]
+    assert len([line for line in loops if "known_trip_count" not in line]) == 2
+    hidden = jnp.where(WEIGHTS[..., None] == 0, jnp.nan, arrays[0])
+    if way == "none":  # the other cotangents are made of what the position holds
+        chex.assert_trees_all_close(program(hidden, *arrays[1:]), program(*arrays), rtol=1e-5, atol=1e-6)
+    with_nan = program(*arrays[:2], arrays[2].at[0, 0].set(jnp.nan))
+    assert np.isnan(with_nan[0][0, 0]).all()
+    assert np.isnan(with_nan[1]).all()
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("mode", ["Auto", "Explicit", "shard_map"])
+def test_devices_with_zero_cotangents_of_their_own(mode):
+    kind = AxisType.Explicit if mode == "Explicit" else AxisType.Auto
+    mesh = jax.make_mesh((2, 2, 2), ("data", "sequence", "vocab"), axis_types=(kind,) * 3)
+    specs = P("data", "sequence"), P(None, "vocab"), P("data", "sequence"), P("data", "sequence")
+    kernel = np.concatenate([KERNEL, KERNEL[:, :1]], 1)
+
+    def f(hidden, kernel, labels, weights, **options):
+        options |= {"block_size": 2 * BLOCK, "reduction": "none"}
+        return jnp.sum(weights * jxent.linear_cross_entropy(hidden, kernel, labels, **options))
+
+    def mapped(*arrays):
+        def on_each(*arrays):
+            return jax.lax.psum(f(*arrays, axis_name="vocab"), ("data", "sequence"))
+
+        return jax.shard_map(on_each, mesh=mesh, in_specs=specs, out_specs=P())(*arrays)
+
+    for mask in (MASKS["answers"], MASKS["none"]):
+        arrays = tuple(map(jnp.asarray, (HIDDEN, kernel, LABELS, np.where(mask, np.cos(LABELS), 0.0))))
+        wanted = jax.value_and_grad(f, (0, 1))(*arrays)
+        with jax.set_mesh(mesh):
+            placed = [jax.device_put(a, NamedSharding(mesh, spec)) for a, spec in zip(arrays, specs, strict=True)]
+            found = jax.jit(jax.value_and_grad(mapped if mode == "shard_map" else f, (0, 1)))(*placed)
+        chex.assert_trees_all_close(jax.tree.map(np.asarray, found), wanted, rtol=1e-11, atol=1e-12)
