@@ -86,15 +86,15 @@ def random_loss(flag, one_of, dtype):
 
 
 def random_divergence(flag, one_of, dtype):
-    linear, jensen_shannon = flag(), flag()
+    linear, name = flag(), one_of("kl_divergence", "js_divergence", "tv_distance")
     return divergences.Config(
-        function=f"{'linear_' if linear else ''}{'js' if jensen_shannon else 'kl'}_divergence",
+        function=f"{'linear_' if linear else ''}{name}",
         positions=one_of((1,), (4,), (7,), (2, 3)),
         classes=one_of(1, 2, 3, 5, 10, 33, 100),
         features=one_of((3, 3), (8, 8), (1, 4), (1, 1)),
         axis=one_of((-1, -1), (-1, 0), (0, -1)) if linear else one_of(-1, 0, 1),
         dtype=dtype,
-        beta=one_of(0.5, 0.1, 0.9) if jensen_shannon else None,
+        beta=one_of(0.5, 0.1, 0.9) if name == "js_divergence" else None,
         temperature=one_of(1.0, 1.0, 0.5, 1.25, 4.0),
         traced=flag(),
         sample_weight=flag(),

@@ -1,4 +1,4 @@
-"""`kl_divergence` and `js_divergence`, and the checks of their arguments."""
+"""`kl_divergence`, `js_divergence` and `tv_distance`, and the checks of their arguments."""
 
 from __future__ import annotations
 
@@ -10,7 +10,13 @@ from jxent._call.axis_names import loss_axes
 from jxent._call.loss import placed_loss_of
 from jxent._call.names import known_names
 from jxent._call.options import divergence_weights, options_of
-from jxent._objective.divergence import Divergence, DivergenceObjective, JensenShannon, KullbackLeibler
+from jxent._objective.divergence import (
+    Divergence,
+    DivergenceObjective,
+    JensenShannon,
+    KullbackLeibler,
+    TotalVariation,
+)
 from jxent._rows.costs import Scalars
 
 
@@ -140,6 +146,69 @@ def js_divergence(
     return _divergence(
         "js_divergence",
         JensenShannon(beta=checks.inner_share("js_divergence", "beta", beta)),
+        logits_p,
+        logits_q,
+        axis=axis,
+        temperature=temperature,
+        sample_weight=sample_weight,
+        where=where,
+        reduction=reduction,
+        axis_name=axis_name,
+        batch_axis_name=batch_axis_name,
+    )
+
+
+@known_names
+def tv_distance(
+    logits_p: Float[ArrayLike, "*shape"],
+    logits_q: Float[ArrayLike, "*shape"],
+    *,
+    axis: int = -1,
+    temperature: Float[ArrayLike, ""] = 1.0,
+    sample_weight: Float[ArrayLike, "*#positions"] | None = None,
+    where: Bool[ArrayLike, "*#positions"] | None = None,
+    reduction: Reduction = "mean",
+    axis_name: AxisName | None = None,
+    batch_axis_name: AxisName | None = None,
+) -> Float[Array, "..."]:
+    r"""Total variation distance between the distributions of two rows of logits, a number from 0 to 1.
+
+    It is :math:`\frac12 \sum_j |p_j - q_j|`, with :math:`p` and :math:`q` the softmax of the logits. With a model and its
+    draft model as the two sides, 1 minus the distance is the probability that speculative decoding accepts a drafted
+    token. The distance is as exact as `kl_divergence`. The derivative of :math:`|p_j - q_j|` is taken as 0 where both
+    are equal, so equal rows have gradients of 0.
+
+    Args:
+      logits_p: unnormalized log-probabilities of P, float16, bfloat16, float32 or float64.
+      logits_q: those of Q, of the same shape. Either side may mask classes with -inf.
+      axis: the class axis.
+      temperature: divides both logits first.
+      sample_weight: multiplies each position's distance and its term of the mean's denominator.
+      where: boolean; False masks a position, even if it contains NaN.
+      reduction: ``"mean"``, ``"sum"`` or ``"none"``, as in `kl_divergence`.
+      axis_name, batch_axis_name: mesh axes over which classes and positions are sharded, as in `cross_entropy`.
+
+    Returns:
+      The distance in float32, or in float64 if an input is: a scalar, or for ``reduction="none"`` the positions' shape.
+
+    Raises:
+      TypeError: an argument of the wrong type or dtype.
+      ValueError: an argument of the wrong shape or value.
+
+    Example:
+      >>> import jax.numpy as jnp, jxent
+      >>> model = jnp.array([[2.0, 0.5, -1.0], [0.1, 0.2, 3.0]])
+      >>> draft = jnp.array([[1.0, 0.5, 0.0], [0.0, 0.0, 4.0]])
+      >>> print(f"the draft's tokens are accepted with a probability of {1 - jxent.tv_distance(model, draft):.2f}")
+      the draft's tokens are accepted with a probability of 0.83
+
+    References:
+      Leviathan et al., Fast inference from transformers via speculative decoding, https://arxiv.org/abs/2211.17192.
+      Training on the distance: Zhou et al., DistillSpec, https://arxiv.org/abs/2310.08461.
+    """
+    return _divergence(
+        "tv_distance",
+        TotalVariation(),
         logits_p,
         logits_q,
         axis=axis,

@@ -1,4 +1,4 @@
-"""`linear_kl_divergence` and `linear_js_divergence`, and the checks of their arguments."""
+"""`linear_kl_divergence`, `linear_js_divergence` and `linear_tv_distance`, and the checks of their arguments."""
 
 from __future__ import annotations
 
@@ -19,7 +19,13 @@ from jxent._core.dtypes import compute_dtype
 from jxent._core.reports import report_values
 from jxent._linear_loss import loss_by_sweep
 from jxent._mesh.sharded import covers_its_mesh
-from jxent._objective.divergence import Divergence, DivergenceObjective, JensenShannon, KullbackLeibler
+from jxent._objective.divergence import (
+    Divergence,
+    DivergenceObjective,
+    JensenShannon,
+    KullbackLeibler,
+    TotalVariation,
+)
 from jxent._rows.costs import Scalars
 from jxent._sweep.block import Inputs, Sweep
 
@@ -181,6 +187,86 @@ def linear_js_divergence(
     return _linear_divergence(
         name,
         JensenShannon(beta=checks.inner_share(name, "beta", beta)),
+        _checked_layer(name, "_p", hidden_p, kernel_p, bias_p, p_axis),
+        _checked_layer(name, "_q", hidden_q, kernel_q, bias_q, q_axis),
+        temperature=temperature,
+        sample_weight=sample_weight,
+        where=where,
+        reduction=reduction,
+        axis_name=axis_name,
+        batch_axis_name=batch_axis_name,
+        block_size=block_size,
+        recompute=recompute,
+        precision=precision,
+    )
+
+
+@known_names
+def linear_tv_distance(
+    hidden_p: Float[ArrayLike, "*positions features_p"],
+    kernel_p: Float[ArrayLike, "features_p vocab"] | Float[ArrayLike, "vocab features_p"],
+    hidden_q: Float[ArrayLike, "*positions features_q"],
+    kernel_q: Float[ArrayLike, "features_q vocab"] | Float[ArrayLike, "vocab features_q"],
+    *,
+    bias_p: Float[ArrayLike, " vocab"] | None = None,
+    bias_q: Float[ArrayLike, " vocab"] | None = None,
+    vocab_axis: int | tuple[int, int] = -1,
+    temperature: Float[ArrayLike, ""] = 1.0,
+    sample_weight: Float[ArrayLike, "*#positions"] | None = None,
+    where: Bool[ArrayLike, "*#positions"] | None = None,
+    reduction: Reduction = "mean",
+    axis_name: AxisName | None = None,
+    batch_axis_name: AxisName | None = None,
+    block_size: int | None = None,
+    recompute: bool = False,
+    precision: Any = None,
+) -> Float[Array, "..."]:
+    r"""Total variation distance of the logits of two output layers, in the memory of a few rows of them, from 0 to 1.
+
+    The value is that of `tv_distance`. Blocks, memory and gradients are as in `linear_kl_divergence`. With a model and
+    its draft model as the two sides, 1 minus the mean is the acceptance rate of speculative decoding.
+
+    Args:
+      hidden_p: hidden states of P of any leading shape, float16, bfloat16, float32 or float64.
+      kernel_p: the weights of its output layer, (features, vocab), or (vocab, features) with ``vocab_axis=0``.
+      hidden_q: hidden states of Q, of the same leading shape; the number of features may differ.
+      kernel_q: the weights of its output layer, of the same vocabulary.
+      bias_p: added to the logits of P in at least float32. A class with a bias of -inf is masked.
+      bias_q: the same for Q.
+      vocab_axis: the axis of the vocabulary, -1 or 0, or a pair of them, as in `linear_kl_divergence`.
+      temperature: divides both logits first.
+      sample_weight: multiplies each position's distance and its term of the mean's denominator.
+      where: boolean; False masks a position, even if its hidden states contain NaN. Blocks skip masked positions.
+      reduction: ``"mean"``, ``"sum"`` or ``"none"``, as in `kl_divergence`.
+      axis_name, batch_axis_name: mesh axes over which the vocabulary and the positions of both sides are sharded.
+      block_size: the largest number of positions in a block.
+      recompute: compute the gradients in the backward pass.
+      precision: the precision of the matmuls, as in `jax.lax.dot_general`.
+
+    Returns:
+      The distance in float32, or in float64 if an input is: a scalar, or for ``reduction="none"`` the leading shape.
+
+    Raises:
+      TypeError: an argument of the wrong type or dtype.
+      ValueError: an argument of the wrong shape or value.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jxent
+      >>> keys = jax.random.split(jax.random.key(0), 4)
+      >>> teacher = jax.random.normal(keys[0], (2, 8, 32)), jax.random.normal(keys[1], (32, 1000)) / 6
+      >>> student = jax.random.normal(keys[2], (2, 8, 16)), jax.random.normal(keys[3], (16, 1000)) / 4
+      >>> print(f"{jxent.linear_tv_distance(*teacher, *student):.3f}")
+      0.509
+
+    References:
+      Leviathan et al., https://arxiv.org/abs/2211.17192. Blocks: Hsu et al., Liger Kernel,
+      https://arxiv.org/abs/2410.10989.
+    """
+    name = "linear_tv_distance"
+    p_axis, q_axis = checks.pair(name, "vocab_axis", vocab_axis)
+    return _linear_divergence(
+        name,
+        TotalVariation(),
         _checked_layer(name, "_p", hidden_p, kernel_p, bias_p, p_axis),
         _checked_layer(name, "_q", hidden_q, kernel_q, bias_q, q_axis),
         temperature=temperature,

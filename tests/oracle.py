@@ -191,7 +191,7 @@ class Side(NamedTuple):
 
 
 def divergence(logits_p, logits_q, temperature, beta, kind, arithmetic=Float64):
-    """KL(P || Q), or for a number beta the Jensen-Shannon divergence.
+    """KL(P || Q), or for a number beta the Jensen-Shannon divergence, or for "tv" the total variation distance.
 
     With digits to spare it is the definition. In float64 d = z_q - z_p is taken from the logits, u = log q - log p from
     d, and differences of neighbours from these, or rows that nearly agree would leave nothing to judge by. In the
@@ -243,6 +243,16 @@ def divergence(logits_p, logits_q, temperature, beta, kind, arithmetic=Float64):
     def relative(array, at):
         return array - np.take_along_axis(array, at, -1)
 
+    if beta == "tv":
+        both = _difference(a.exp(z_p), a.exp(z_q), d, a) / a.exp(log_z_p)[..., None]
+        unsure = 16 * float(kind.eps) * (abs(d) + abs(ratio) + np.sum(abs(both), -1, keepdims=True))
+        more_p, more_q = ((1 + np.sign(v)) * a.array(0.5) for v in (-u, u))
+        return Divergence(
+            np.sum(abs(_difference(p, q, u, a)), -1) * a.array(0.5),
+            np.sum(0 * p, -1),
+            _by_signs(p, more_p, more_q, abs(u) < unsure, z_p),
+            _by_signs(q, more_q, more_p, abs(u) < unsure, z_q),
+        )
     if beta is None:
         lost = ~masked_p & masked_q
         value = np.sum(np.where(lost, zero, _excess(p, q, u, a)), -1)
@@ -270,6 +280,17 @@ def divergence(logits_p, logits_q, temperature, beta, kind, arithmetic=Float64):
 
     of_p = of_side(beta, p, x_p, u, d, largest_p, z_p)
     return Divergence(value, underflow, of_p, of_side(1 - beta, q, x_q, -u, -d, largest_q, z_q))
+
+
+def _by_signs(p, more, less, unsure, z):
+    """p times the derivative of the total variation distance by z, with `more` of this side in some classes.
+
+    Rounding may turn the sign of an `unsure` class, where p and q are almost equal.
+    """
+    of_more, of_less, of_unsure = (np.sum(p * part, -1, keepdims=True) for part in (more, less, unsure))
+    terms = p * (more * of_less + less * of_more)
+    lost = p * (of_unsure + unsure)
+    return Side(p * (more * of_less - less * of_more), terms, np.max(terms, -1, keepdims=True), lost, z)
 
 
 def _difference(a, b, u, arithmetic):

@@ -1,4 +1,4 @@
-"""Random calls of the four divergences, judged by their definitions: random_calls.py again, with two sides.
+"""Random calls of the six divergences, judged by their definitions: random_calls.py again, with two sides.
 
 Rows of Q are those of P with noise of 30 to 1e-6, at any offset, or have nothing to do with them. The value has terms
 of one sign, and its error is relative to it. Those of a gradient are relative to the largest element of its row, as
@@ -19,7 +19,7 @@ import jxent
 
 
 class Config(NamedTuple):
-    function: str = "kl_divergence"  # or js_divergence, or either with linear_ in front
+    function: str = "kl_divergence"  # or js_divergence or tv_distance, or each with linear_ in front
     positions: tuple[int, ...] = (4,)
     classes: int = 5
     features: tuple[int, int] = (3, 3)  # of P and of Q, in a linear form
@@ -178,7 +178,8 @@ def _expected(config, values, a):
             logits = np.where(keep[..., None], logits, 0)
             x[side] = a.array(np.where(abs(logits) < tiny, 0, logits))  # XLA takes subnormal numbers for 0
     temperature = calls.as_held(config, config.temperature)
-    of_row = oracle.divergence(x["p"], x["q"], temperature, config.beta, np.finfo(calls.wide_of(config)), a)
+    beta = "tv" if config.function.endswith("tv_distance") else config.beta
+    of_row = oracle.divergence(x["p"], x["q"], temperature, beta, np.finfo(calls.wide_of(config)), a)
     far = np.where(_margins(x, temperature) > 64, 2.0, 1.0)
 
     weight = a.array(np.where(keep, values["sample_weight"] if config.sample_weight else 1, 0))

@@ -52,6 +52,11 @@ def js_divergence(logits_p, logits_q, *, beta=0.5, temperature=1.0, **options):
     return weighed(beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m), **options)
 
 
+def tv_distance(logits_p, logits_q, *, temperature=1.0, **options):
+    p, q = softmax(logits_p / temperature), softmax(logits_q / temperature)
+    return weighed(jnp.sum(jnp.abs(p - q), -1) / 2, **options)
+
+
 def _kl(log_p, log_q):
     return jnp.sum(jnp.exp(log_p) * (log_p - log_q), -1)
 

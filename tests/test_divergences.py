@@ -19,14 +19,18 @@ from modes import differentiated
 import jxent
 
 C = 60
-BETAS = (None, 0.5, 0.1, 0.9)  # None is the Kullback-Leibler divergence
+BETAS = (None, 0.5, 0.1, 0.9)  # None is the Kullback-Leibler divergence, and "tv" the total variation distance
 
 
 def logits_divergence(beta, module=jxent):
+    if beta == "tv":
+        return module.tv_distance
     return module.kl_divergence if beta is None else partial(module.js_divergence, beta=beta)
 
 
 def linear_divergence(beta):
+    if beta == "tv":
+        return jxent.linear_tv_distance
     return jxent.linear_kl_divergence if beta is None else partial(jxent.linear_js_divergence, beta=beta)
 
 
@@ -50,7 +54,18 @@ def defined(x_p, x_q, temperature, beta):
         mean = mpmath.fsum(a * term for a, term in terms)
         return mean, [a * (term - mean) / temperature for a, term in terms]
 
+    def by_signs(p, signs):
+        """The gradient by the logits of P of the sum of |p - q| / 2."""
+        mean = mpmath.fsum(a * s for a, s in zip(p, signs, strict=True))
+        return [a * (s - mean) / 2 / temperature for a, s in zip(p, signs, strict=True)]
+
     log_p, log_q = log_softmax(x_p), log_softmax(x_q)
+    if beta == "tv":
+        p, q = (list(map(mpmath.exp, log)) for log in (log_p, log_q))
+        steps = [a - b for a, b in zip(p, q, strict=True)]
+        # With 100 digits of logits up to 1e39, a smaller step is the rounding of a tie.
+        signs = [mpmath.sign(s) if abs(s) > 1e-50 * a else 0 for s, a in zip(steps, p, strict=True)]
+        return mpmath.fsum(map(abs, steps)) / 2, by_signs(p, signs), by_signs(q, [-s for s in signs])
     if beta is None:
         value, to_p = relative(log_p, log_q)
         return value, to_p, [(mpmath.exp(b) - mpmath.exp(a)) / temperature for a, b in zip(log_p, log_q, strict=True)]
@@ -62,7 +77,7 @@ def defined(x_p, x_q, temperature, beta):
 
 
 @pytest.mark.parametrize("temperature", short((1.0, 1.25, 4.0), 1.0, 4.0))
-@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("beta", [*BETAS, "tv"])
 def test_against_50_digits(beta, temperature):
     """At any margin and offset, from rows that have little in common to rows that nearly agree.
 
@@ -70,7 +85,7 @@ def test_against_50_digits(beta, temperature):
     """
     bound = 5e-6 + 2 * (temperature != 1) * 2.0**-19
     rng = np.random.default_rng(0)
-    grid = [*itertools.product((0, 20, 60), (0, 1e4, -300), (30, 3, 1, 0.1, 1e-2, 1e-4, 1e-6))]
+    grid = [*itertools.product((0, 20, 60), (0, 1e4, -300), (30, 3, 1, 0.1, 1e-2, 1e-4, 1e-6, 1e-7))]
     x_p = (3 * rng.normal(size=(len(grid), C))).astype(np.float32)
     margins, offsets, noises = (np.float32(column) for column in zip(*grid, strict=True))
     x_p[:, 5] += margins
@@ -87,7 +102,7 @@ def test_against_50_digits(beta, temperature):
                 assert error < bound, (grid[i], want)
 
 
-@pytest.mark.parametrize("beta", BETAS[:3])
+@pytest.mark.parametrize("beta", [*BETAS[:3], "tv"])
 def test_many_largest_logits(beta):
     """A row in which all classes are alike, as of an untrained model."""
     x_q = (0.01 * np.random.default_rng(4).normal(size=(1, 1000))).astype(np.float32)
@@ -113,7 +128,7 @@ def test_the_textbook_formula_loses_what_is_kept():
         assert np.abs(ours / exact - 1).max() < 5e-6
 
 
-@pytest.mark.parametrize("beta", BETAS[:3])
+@pytest.mark.parametrize("beta", [*BETAS[:3], "tv"])
 def test_equal_rows(beta):
     """0, with gradients of 0, in any dtype and for any logits."""
     for dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
@@ -135,7 +150,7 @@ FAR_ROWS = (  # in units of the largest number
 )
 
 
-@pytest.mark.parametrize("beta", [None, 0.5, 1e-10])
+@pytest.mark.parametrize("beta", [None, 0.5, 1e-10, "tv"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_logits_as_large_as_there_are(dtype, beta):
     """Finite logits give no NaN: every pair of rows, a row of the least number among them."""
@@ -177,7 +192,7 @@ def test_small_shares_against_50_digits(beta):
             assert np.abs(np.asarray(found, float) - want).max() < 5e-6 * np.abs(want).max() + 1e-37
 
 
-@pytest.mark.parametrize("beta", [None, 0.3])
+@pytest.mark.parametrize("beta", [None, 0.3, "tv"])
 def test_the_temperature_of_masked_classes(beta):
     """z is infinite there, and its product with a gradient of 0 is 0, in each mode and at any temperature."""
     p, q = np.float32([1, -np.inf, 3, 0.5]), np.float32([0, -np.inf, -3, 2])
@@ -223,7 +238,7 @@ LAYERS = {
 @pytest.mark.covering("None-mean-rf")
 @pytest.mark.parametrize("modes", short(("", "r", "f", "rr", "rf", "fr", "ff"), "", "r", "f", "rf", "fr"))
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("beta", [None, 0.3])
+@pytest.mark.parametrize("beta", [None, 0.3, "tv"])
 def test_derivatives(beta, reduction, modes):
     def f(module, p, q, temperature, weight):
         options = {"temperature": temperature, "sample_weight": weight, "where": WHERE, "reduction": reduction}
@@ -235,7 +250,7 @@ def test_derivatives(beta, reduction, modes):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("beta", [None, 0.3])
+@pytest.mark.parametrize("beta", [None, 0.3, "tv"])
 def test_hessian_of_equal_rows(beta):
     """Nothing here may be differentiated as if the absolute value of a difference had a slope of 0 at 0."""
     at, options = (jnp.asarray(LOGITS[0]),) * 2, {"temperature": 1.7}
@@ -272,7 +287,7 @@ SHORT_WAYS = [
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.covering
-@pytest.mark.parametrize("beta", [None, 0.3])
+@pytest.mark.parametrize("beta", [None, 0.3, "tv"])
 @pytest.mark.parametrize(("modes", "block_size", "recompute", "reduction"), short(WAYS, *SHORT_WAYS))
 def test_linear(modes, block_size, recompute, reduction, beta):
     """The value and the derivatives by all eight arrays, of both sides, whatever the blocks."""
@@ -340,7 +355,7 @@ def test_other_layouts():
 # --- masks ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("beta", [None, 0.3])
+@pytest.mark.parametrize("beta", [None, 0.3, "tv"])
 def test_classes_that_both_mask(beta):
     """They count for nothing, as if they were not there."""
     p, q = (x[0].astype(np.float32) for x in LOGITS)
@@ -355,7 +370,7 @@ def test_classes_that_both_mask(beta):
         assert not np.any(grad[:, [2, 5]])
 
 
-@pytest.mark.parametrize("beta", [None, 0.3])
+@pytest.mark.parametrize("beta", [None, 0.3, "tv"])
 def test_classes_that_p_masks(beta):
     p, q = (x[0].astype(np.float32) for x in LOGITS)
     p[:, [1, 4]] = -np.inf
@@ -387,7 +402,7 @@ def test_a_class_that_q_masks():
         np.testing.assert_allclose(grads[1], np.array(wanted[1], float), rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("beta", [None, 0.3])
+@pytest.mark.parametrize("beta", [None, 0.3, "tv"])
 @pytest.mark.parametrize("side", [0, 1])
 def test_a_row_without_a_class(side, beta):
     """There is no distribution: NaN, at its own position alone."""
@@ -399,7 +414,7 @@ def test_a_row_without_a_class(side, beta):
         np.testing.assert_array_equal(np.isnan(gradient).all(-1), np.isnan(values))
 
 
-@pytest.mark.parametrize("beta", [None, 0.3])
+@pytest.mark.parametrize("beta", [None, 0.3, "tv"])
 def test_what_does_not_count(beta):
     """It reaches nothing, whatever it holds; and where nothing counts the mean is NaN, with gradients of 0."""
     p, q = (np.where(WHERE[..., None], x, np.nan).astype(np.float32) for x in LOGITS)

@@ -21,6 +21,13 @@ With M = beta P + (1 - beta) Q, a = log m - log p and b = log m - log q, both co
 A gradient p[j] (s[j] - sum of p s), with scores s, cancels if p[j] is near 1. So the code subtracts the score of the
 class t with the largest logit, and takes p[j] (v[j] - sum of p v) with v[j] = s[j] - s[t]. Class t adds 0 to the sum.
 
+The total variation distance needs no class t. Its terms are |q - p| / 2, and its scores are half of the sign of p - q,
+which is 0 at a tie. Let P+ be the sum of p (1 + sign) / 2 and P- that of p (1 - sign) / 2, and likewise for Q. Then
+
+    dTV/dx_p   = p[j] ((1 + sign) P- - (1 - sign) P+) / 2,   dTV/dx_q = q[j] ((1 - sign) Q+ - (1 + sign) Q-) / 2
+
+P+ and P- add up to 1, and neither is computed from the other. So an element where p and q differ is exact.
+
 A class that both sides mask with -inf has no terms. A class that Q alone masks makes KL(P || Q) infinite; its gradient
 is the one for the smallest q in floating point. Sums over the classes are passes (`passes`), in at least float32.
 """
@@ -30,7 +37,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -54,7 +61,25 @@ class RelativeMean(NamedTuple):
     mean: Row  # the mean of the relative scores
 
 
-Mean = Callable[..., RelativeMean]
+class Balance(NamedTuple):
+    """How much of one side's probability lies in two sets of classes; half of that of a tie is in each. Row arrays."""
+
+    more_p: Row  # in the classes where p is above q
+    more_q: Row
+
+
+class Sums(NamedTuple):
+    """The sums over the classes that `Divergence.prepare` may take. They are made by passes, one after the other."""
+
+    total: Callable[[Callable[[Pair], Array]], Row]
+    """``total(term)`` is the sum of ``term(pair)``."""
+
+    relative_mean: Callable[..., RelativeMean]
+    """``relative_mean(weight, at_top, distance, relative)`` is a mean with the probabilities `weight`.
+
+    `at_top` is 1 for the class with the largest logit. ``relative(pair, distance)`` is the score of a class minus the
+    score of a class with this distance.
+    """
 
 
 class Divergence(abc.ABC):
@@ -75,20 +100,15 @@ class Divergence(abc.ABC):
         """The terms that a class adds to the divergence. Each is summed by a separate pass."""
 
     @abc.abstractmethod
-    def prepare(self, mean: Mean) -> tuple[RelativeMean, ...]:
-        """The row arrays that the gradients take besides a class.
-
-        ``mean(weight, at_top, distance, relative)`` returns a `RelativeMean`, with the probabilities `weight`.
-        `at_top` is 1 for the class with the largest logit. ``relative(pair, distance)`` is the score of a class minus
-        the score of a class with this distance.
-        """
+    def prepare(self, sums: Sums) -> tuple[Any, ...]:
+        """The row arrays that the gradients take besides a class, as NamedTuples."""
 
     @abc.abstractmethod
-    def to_p(self, c: Pair, prepared: tuple[RelativeMean, ...]) -> Array:
-        """The gradient by z_p."""
+    def to_p(self, c: Pair, prepared: tuple[Any, ...]) -> Array:
+        """The gradient by z_p, from what `prepare` returned."""
 
     @abc.abstractmethod
-    def to_q(self, c: Pair, prepared: tuple[RelativeMean, ...]) -> Array:
+    def to_q(self, c: Pair, prepared: tuple[Any, ...]) -> Array:
         """The gradient by z_q."""
 
 
@@ -107,7 +127,8 @@ class KullbackLeibler(Divergence):
         largest = c.impossible * terms.most(c.one)
         return terms.excess_beyond(c.log_q, c.log_ratio, c.one) + c.p * largest * largest
 
-    def prepare(self, mean: Mean) -> tuple[RelativeMean, ...]:
+    def prepare(self, sums: Sums) -> tuple[RelativeMean, ...]:
+        mean = sums.relative_mean
         return (mean(lambda c: c.p, lambda c: c.top_of_p, lambda c: c.mild_quarter, self._relative),)
 
     def _relative(self, c: Pair, quarter: Array) -> Array:
@@ -152,7 +173,8 @@ class JensenShannon(Divergence):
 
     # The scores are -a = -log(beta + (1 - beta) exp(u)) and -b = -log(1 - beta + beta exp(-u)).
 
-    def prepare(self, mean: Mean) -> tuple[RelativeMean, ...]:
+    def prepare(self, sums: Sums) -> tuple[RelativeMean, ...]:
+        mean = sums.relative_mean
         of_p = mean(lambda c: c.p, lambda c: c.top_of_p, lambda c: c.mild_distance, self._relative_p)
         return of_p, mean(lambda c: c.q, lambda c: c.top_of_q, lambda c: c.mild_distance, self._relative_q)
 
@@ -171,6 +193,43 @@ class JensenShannon(Divergence):
     def to_q(self, c: Pair, prepared: tuple[RelativeMean, ...]) -> Array:
         _, scores = prepared
         return (1 - self.beta) * c.one * c.q * (self._relative_q(c, scores.at_top) - scores.mean)
+
+
+@dataclass(frozen=True)
+class TotalVariation(Divergence):
+    """The sum of |q - p| / 2. The derivative of |q - p| is 0 at a tie, and its second derivative is 0 everywhere."""
+
+    largest_gradient = 1
+
+    def summands(self) -> tuple[Callable[[Pair], Array], ...]:
+        return (self._half_difference,)
+
+    def _half_difference(self, c: Pair) -> Array:
+        return c.one / 2 * jnp.abs(terms.difference(c.log_p, c.log_q, c.log_ratio, c.one))
+
+    def prepare(self, sums: Sums) -> tuple[Balance, ...]:
+        of_p = Balance(
+            more_p=sums.total(lambda c: c.p * self._more_p(c)), more_q=sums.total(lambda c: c.p * self._more_q(c))
+        )
+        of_q = Balance(
+            more_p=sums.total(lambda c: c.q * self._more_p(c)), more_q=sums.total(lambda c: c.q * self._more_q(c))
+        )
+        return of_p, of_q
+
+    def _more_p(self, c: Pair) -> Array:
+        """1 where p is above q, 1/2 where they are equal, and 0 elsewhere."""
+        return c.one / 2 * (c.one - c.sign)
+
+    def _more_q(self, c: Pair) -> Array:
+        return c.one / 2 * (c.one + c.sign)
+
+    def to_p(self, c: Pair, prepared: tuple[Balance, ...]) -> Array:
+        of_p, _ = prepared
+        return c.p * (self._more_p(c) * of_p.more_q - self._more_q(c) * of_p.more_p)
+
+    def to_q(self, c: Pair, prepared: tuple[Balance, ...]) -> Array:
+        _, of_q = prepared
+        return c.q * (self._more_q(c) * of_q.more_p - self._more_p(c) * of_q.more_q)
 
 
 # --- the objective ----------------------------------------------------------------------------------------------------
@@ -223,10 +282,10 @@ class DivergenceObjective(Objective):
         inputs, cotangent = residuals.inputs, cotangents["divergence"]
         passes = self._passes(inputs, cotangent)
         rows = self._rows(passes, residuals)
-        prepared = self.divergence.prepare(partial(_relative_mean, passes, rows))
+        prepared = self.divergence.prepare(_sums(passes, rows))
 
         def gradients(
-            c: Class, rows: PairRows, prepared: tuple[RelativeMean, ...], cotangent: Row
+            c: Class, rows: PairRows, prepared: tuple[Any, ...], cotangent: Row
         ) -> tuple[Array, Array, Array | None]:
             pair = Pair(known(c.arrays.logits), rows, c.one)
             to_p, to_q = (cotangent * to(pair, prepared) for to in (self.divergence.to_p, self.divergence.to_q))
@@ -241,12 +300,12 @@ class DivergenceObjective(Objective):
         inputs = residuals.inputs
         passes = self._passes(inputs, residuals.of_row.log_z_q)
         rows = self._rows(passes, residuals)
-        prepared = self.divergence.prepare(partial(_relative_mean, passes, rows))
+        prepared = self.divergence.prepare(_sums(passes, rows))
 
         def term(
             c: Class,
             rows: PairRows,
-            prepared: tuple[RelativeMean, ...],
+            prepared: tuple[Any, ...],
             dlogits_p: Logits | None,
             dlogits_q: Logits | None,
             dtemperature: Row | None,
@@ -303,6 +362,13 @@ def _sum(passes: Passes, term: Callable[[Pair], Array], rows: PairRows) -> Row:
     return passes.sum(lambda c, rows: term(Pair(known(c.arrays.logits), rows, c.one)), rows)
 
 
+def _sums(passes: Passes, rows: PairRows) -> Sums:
+    return Sums(
+        total=lambda term: _sum(passes, term, rows),
+        relative_mean=partial(_relative_mean, passes, rows),
+    )
+
+
 def _relative_mean(
     passes: Passes,
     rows: PairRows,
@@ -311,7 +377,7 @@ def _relative_mean(
     distance_of: Callable[[Pair], Array],
     relative: Callable[[Pair, Array], Array],
 ) -> RelativeMean:
-    """See `Divergence.prepare`."""
+    """See `Sums`."""
 
     def share_of_top(c: Class, rows: PairRows, share: Row) -> Array:
         pair = Pair(known(c.arrays.logits), rows, c.one)

@@ -132,6 +132,11 @@ class Pair:
         return self.distance - known(self.rows.of_row.log_z_ratio)
 
     @cached_property
+    def sign(self) -> Array:
+        """The sign of q - p, a constant."""
+        return lax.stop_gradient(terms.sign(self.log_ratio, self.one))
+
+    @cached_property
     def top_of_p(self) -> Array:
         """If P's largest logit has p above 2/3: 1 at that logit, and 0 elsewhere.
 

@@ -228,7 +228,7 @@ def _bounded_ratio_jvp(above: bool, primals: Any, tangents: Any) -> tuple[Any, A
 @jax.custom_jvp
 def difference(log_a: Array, log_b: Array, u: Array, one: Array) -> Array:
     """b - a. Its derivative takes u as log_b - log_a."""
-    return jnp.exp(jnp.maximum(log_a, log_b)) * (-_sign(u, one) * jnp.expm1(-jnp.abs(u)))
+    return jnp.exp(jnp.maximum(log_a, log_b)) * (-sign(u, one) * jnp.expm1(-jnp.abs(u)))
 
 
 @difference.defjvp
@@ -321,7 +321,7 @@ def log_mixed_step(y: Array, after: Array, step: Array, shares: tuple[float, flo
     tiny = float(jnp.finfo(one.dtype).tiny) * one
     of_small = jnp.log1p(jnp.maximum(p * jnp.expm1(-w), -one / 2))
     of_large = jnp.log(jnp.maximum(jnp.minimum(2 * one * (rest + p * jnp.exp(-w)), one), tiny))
-    return -_sign(step, one) * (of_small + of_large)
+    return -sign(step, one) * (of_small + of_large)
 
 
 @log_mixed_step.defjvp
@@ -338,6 +338,6 @@ def _shares(y: Array, shares: tuple[float, float], one: Array) -> tuple[Array, A
     return one / (one + jnp.exp(-y) / odds), one / (one + jnp.exp(y) * odds)
 
 
-def _sign(u: Array, one: Array) -> Array:
+def sign(u: Array, one: Array) -> Array:
     """The sign of u: -1, 0 or 1."""
     return jnp.maximum(jnp.minimum(u * most(one), one), -one)
