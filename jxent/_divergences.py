@@ -173,10 +173,10 @@ def tv_distance(
 ) -> Float[Array, "..."]:
     r"""Total variation distance between the distributions of two rows of logits, a number from 0 to 1.
 
-    It is :math:`\frac12 \sum_j |p_j - q_j|`, with :math:`p` and :math:`q` the softmax of the logits. With a model and its
-    draft model as the two sides, 1 minus the distance is the probability that speculative decoding accepts a drafted
-    token. The distance is as exact as `kl_divergence`. The derivative of :math:`|p_j - q_j|` is taken as 0 where both
-    are equal, so equal rows have gradients of 0.
+    It is :math:`\frac12 \sum_j |p_j - q_j|`, with :math:`p` and :math:`q` the softmax of the logits. With a model and
+    its draft model as the two sides, 1 minus the distance is the probability that speculative decoding accepts a
+    drafted token. The distance is as exact as `kl_divergence`. The derivative of :math:`|p_j - q_j|` is taken as 0
+    where both are equal, so equal rows have gradients of 0.
 
     Args:
       logits_p: unnormalized log-probabilities of P, float16, bfloat16, float32 or float64.

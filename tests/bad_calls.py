@@ -26,9 +26,9 @@ SPARSE = jxent.SparseLabels(np.zeros((N, 2), np.int32), np.full((N, 2), 0.5, np.
 LOSSES = {"nll_loss": "log_probs", "cross_entropy": "logits"}
 LINEAR = "linear_cross_entropy"
 SOFTMAXES = ("logsumexp", "softmax", "log_softmax")
-DIVERGENCES = ("kl_divergence", "js_divergence")
+DIVERGENCES = ("kl_divergence", "js_divergence", "tv_distance")
 BINARY = "sigmoid_cross_entropy"
-LINEAR_DIVERGENCES = ("linear_kl_divergence", "linear_js_divergence")
+LINEAR_DIVERGENCES = ("linear_kl_divergence", "linear_js_divergence", "linear_tv_distance")
 MEAN_TAKERS = (*LOSSES, LINEAR, *DIVERGENCES, *LINEAR_DIVERGENCES)
 FUNCTIONS = (*SOFTMAXES, *MEAN_TAKERS, BINARY, "next_token_labels")
 # The remedy for an option that is an array, traced or not.

@@ -44,7 +44,7 @@ def main():
                 (hidden, kernel),
             ),
         ]
-    for divergence in ("kl_divergence", "js_divergence"):
+    for divergence in ("kl_divergence", "js_divergence", "tv_distance"):
         of_logits, linear = getattr(jxent, divergence), getattr(jxent, f"linear_{divergence}")
         calls += [
             (lambda p, q, f=of_logits: f(p, q, temperature=2.0, **of_positions), (logits, logits[::-1])),

@@ -128,10 +128,12 @@ CALLS = {
     "linear-none-stats": (partial(with_stats, linear_loss), LINEAR, {"reduction": "none", **SMOOTH}),
     "kl": (partial(divergence, jxent.kl_divergence), PAIR, {}),
     "js-none": (partial(divergence, jxent.js_divergence), PAIR, {"beta": 0.3, "reduction": "none"}),
+    "tv": (partial(divergence, jxent.tv_distance), PAIR, {}),
     "linear-kl": (partial(linear_divergence, jxent.linear_kl_divergence), LINEAR_PAIR, {}),
     "linear-js-none": (partial(linear_divergence, jxent.linear_js_divergence), LINEAR_PAIR, {"reduction": "none"}),
+    "linear-tv": (partial(linear_divergence, jxent.linear_tv_distance), LINEAR_PAIR, {}),
 }
-DIVERGENCES = ("kl", "js-none", "linear-kl", "linear-js-none")
+DIVERGENCES = ("kl", "js-none", "tv", "linear-kl", "linear-js-none", "linear-tv")
 # Not losses: their cotangents have the shape of the logits.
 SOFTMAXES = {"softmax": jxent.softmax, "log_softmax": jxent.log_softmax}
 

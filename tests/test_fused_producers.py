@@ -33,6 +33,7 @@ CONFIGS = {
     "few-log-probabilities": calls.Config(producer="product", positions=(1,), classes=8, **EVERY),
     "few-kl": divergences.Config(producer="product", positions=(1,), classes=3, reduction="none"),
     "few-js": divergences.Config("js_divergence", producer="product", positions=(1,), classes=3, beta=0.5),
+    "few-tv": divergences.Config("tv_distance", producer="product", positions=(1,), classes=3),
     "linear-js": divergences.Config("linear_js_divergence", features=(1, 1), axis=(-1, 0), beta=0.1),
 }
 

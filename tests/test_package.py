@@ -117,6 +117,8 @@ ONES, LABELS = np.ones((2, 3), np.float32), np.ones(2, np.int32)
 CALLS = {
     "js_divergence": (ONES, ONES),
     "kl_divergence": (ONES, ONES),
+    "linear_tv_distance": (ONES, ONES.T, ONES, ONES.T),
+    "tv_distance": (ONES, ONES),
     "linear_js_divergence": (ONES, ONES.T, ONES, ONES.T),
     "linear_kl_divergence": (ONES, ONES.T, ONES, ONES.T),
     "cross_entropy": (ONES, LABELS),

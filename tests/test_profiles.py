@@ -27,8 +27,9 @@ ARRAYS = {
     "linear_cross_entropy": (HIDDEN, KERNEL, LABELS),
 }
 ARRAYS |= dict.fromkeys(("logsumexp", "softmax", "log_softmax"), (LOGITS,))
-ARRAYS |= dict.fromkeys(("kl_divergence", "js_divergence"), (LOGITS, -LOGITS))
-ARRAYS |= dict.fromkeys(("linear_kl_divergence", "linear_js_divergence"), (HIDDEN, KERNEL, -HIDDEN, KERNEL))
+ARRAYS |= dict.fromkeys(("kl_divergence", "js_divergence", "tv_distance"), (LOGITS, -LOGITS))
+LINEAR_DIVERGENCES = ("linear_kl_divergence", "linear_js_divergence", "linear_tv_distance")
+ARRAYS |= dict.fromkeys(LINEAR_DIVERGENCES, (HIDDEN, KERNEL, -HIDDEN, KERNEL))
 FUNCTIONS = sorted(name for name in jxent.__all__ if name.islower())
 
 

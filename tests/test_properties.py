@@ -57,10 +57,15 @@ def configs(draw, **fixed):
 
 @st.composite
 def divergence_configs(draw):
-    linear, beta, flag = draw(st.booleans()), draw(st.sampled_from((None, 0.5, 0.1))), st.booleans()
+    linear, flag = draw(st.booleans()), st.booleans()
+    name, beta = draw(
+        st.sampled_from(
+            (("kl_divergence", None), ("js_divergence", 0.5), ("js_divergence", 0.1), ("tv_distance", None))
+        )
+    )
     axes = ((-1, -1), (-1, 0), (0, -1)) if linear else (-1, 0, 1)
     return divergences.Config(
-        function=f"{'linear_' if linear else ''}{'kl' if beta is None else 'js'}_divergence",
+        function=f"{'linear_' if linear else ''}{name}",
         positions=draw(st.sampled_from(((4,), (2, 3), (1,)))),
         classes=draw(st.sampled_from((5, 2, 1, 11))),
         axis=draw(st.sampled_from(axes)),

@@ -84,12 +84,15 @@ def test_other_linear_losses_under_jit(name, mode):
     assert_equal(run(name, "FSDP and vocabulary", mode)[0], on_one_device(name))
 
 
+LINEAR_DIVERGENCES = ("linear-kl", "linear-js-none", "linear-tv")
+
+
 @pytest.mark.parametrize(
     ("name", "layout", "mode"),
     short(
         [
-            *itertools.product(("linear-kl", "linear-js-none"), LAYOUTS, ("Auto", "Explicit")),
-            *itertools.product(("linear-kl", "linear-js-none"), NAMED_LAYOUTS, ("Named",)),
+            *itertools.product(LINEAR_DIVERGENCES, LAYOUTS, ("Auto", "Explicit")),
+            *itertools.product(LINEAR_DIVERGENCES, NAMED_LAYOUTS, ("Named",)),
         ],
         ("linear-kl", "FSDP and vocabulary", "Auto"),
         ("linear-kl", "vocabulary, then FSDP of it", "Explicit"),

@@ -143,6 +143,7 @@ OTHERS = {
         block_size=BLOCK,
     ),
     "KL": lambda at, where: jxent.linear_kl_divergence(*at[:2], jnp.cos(at[0]), at[1], where=where, block_size=BLOCK),
+    "TV": lambda at, where: jxent.linear_tv_distance(*at[:2], jnp.cos(at[0]), at[1], where=where, block_size=BLOCK),
     "JS": lambda at, where: jxent.linear_js_divergence(*at[:2], jnp.cos(at[0]), at[1], where=where, block_size=BLOCK),
 }
 

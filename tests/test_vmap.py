@@ -82,15 +82,17 @@ CASES = {
     "linear-sparse": Case(jxent.linear_cross_entropy, (*OF_Q, "sparse"), POSITIONAL, {"recompute": True}),
     "kl": Case(jxent.kl_divergence, ("logits_p", "logits"), POSITIONAL | keywords("temperature")),
     "js": Case(jxent.js_divergence, ("logits_p", "logits"), POSITIONAL | keywords("temperature"), {"beta": 0.3}),
+    "tv": Case(jxent.tv_distance, ("logits_p", "logits"), POSITIONAL | keywords("temperature")),
     "linear-kl": Case(jxent.linear_kl_divergence, (*OF_P, *OF_Q), OF_BOTH),
     "linear-js": Case(jxent.linear_js_divergence, (*OF_P, *OF_Q), OF_BOTH, {"reduction": "none"}),
+    "linear-tv": Case(jxent.linear_tv_distance, (*OF_P, *OF_Q), OF_BOTH),
     "sigmoid": Case(
         jxent.sigmoid_cross_entropy,
         ("logits", "yes"),
         keywords("pos_weight", "label_smoothing", sample_weight="weight_of_logit", where="where_logit"),
     ),
 }
-LINEAR_DIVERGENCES = ("linear-kl", "linear-js")
+LINEAR_DIVERGENCES = ("linear-kl", "linear-js", "linear-tv")
 
 
 def names_of(case):

@@ -27,11 +27,11 @@ IS = {
 # Each answer is for a function that has the argument before the colon.
 TO_LINEAR = (
     "class_weight: linear_cross_entropy takes hidden states and a kernel",
-    "logits_q: linear_kl_divergence and linear_js_divergence take hidden states and kernels",
+    "logits_q: the function with linear_ in front takes hidden states and kernels",
 )
 TO_LOGITS = (
     "hidden: here logits are made of hidden and kernel; cross_entropy takes logits",
-    "hidden_q: here logits are made of hidden states and kernels; kl_divergence and js_divergence take logits",
+    "hidden_q: here logits are made of hidden states and kernels; the function without linear_ in front takes logits",
 )
 LEFT_OUT = tuple(
     f"{name}: leave these positions out with where=, as in where=labels != -100"
