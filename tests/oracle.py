@@ -250,8 +250,8 @@ def divergence(logits_p, logits_q, temperature, beta, kind, arithmetic=Float64):
         return Divergence(
             np.sum(abs(_difference(p, q, u, a)), -1) * a.array(0.5),
             np.sum(0 * p, -1),
-            _by_signs(p, more_p, more_q, abs(u) < unsure, z_p),
-            _by_signs(q, more_q, more_p, abs(u) < unsure, z_q),
+            _by_signs(p, more_p, more_q, abs(u) < unsure, z_p, kind),
+            _by_signs(q, more_q, more_p, abs(u) < unsure, z_q, kind),
         )
     if beta is None:
         lost = ~masked_p & masked_q
@@ -282,14 +282,17 @@ def divergence(logits_p, logits_q, temperature, beta, kind, arithmetic=Float64):
     return Divergence(value, underflow, of_p, of_side(1 - beta, q, x_q, -u, -d, largest_q, z_q))
 
 
-def _by_signs(p, more, less, unsure, z):
-    """p times the derivative of the total variation distance by z, with `more` of this side in some classes.
+def _by_signs(p, more, less, unsure, z, kind):
+    """The gradient of the total variation distance by z, with `more` of this side in some classes and `less` in others.
 
-    Rounding may turn the sign of an `unsure` class, where p and q are almost equal.
+    Rounding may turn the sign of an `unsure` class, where p and q are almost equal. A class more than 64 below the
+    largest has one bit less than the others, and may decide the gradient of all.
     """
     of_more, of_less, of_unsure = (np.sum(p * part, -1, keepdims=True) for part in (more, less, unsure))
     terms = p * (more * of_less + less * of_more)
-    lost = p * (of_unsure + unsure)
+    far = 40 * float(kind.eps) * (abs(z) > 64)
+    of_more_far, of_less_far = (np.sum(p * part * far, -1, keepdims=True) for part in (more, less))
+    lost = p * (of_unsure + unsure + more * of_less_far + less * of_more_far) + terms * far
     return Side(p * (more * of_less - less * of_more), terms, np.max(terms, -1, keepdims=True), lost, z)
 
 
