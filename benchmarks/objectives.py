@@ -38,6 +38,11 @@ def js_of_logits(hidden_p, kernel_p, hidden_q, kernel_q):
     return jnp.mean(jnp.sum(jnp.exp(log_p) * (log_p - log_m) + jnp.exp(log_q) * (log_q - log_m), axis=-1)) / 2
 
 
+def tv_of_logits(hidden_p, kernel_p, hidden_q, kernel_q):
+    log_p, log_q = log_softmax(hidden_p @ kernel_p), log_softmax(hidden_q @ kernel_q)
+    return jnp.mean(jnp.sum(jnp.abs(jnp.exp(log_p) - jnp.exp(log_q)), -1)) / 2
+
+
 def divergence_in_parts(of_logits, hidden_p, kernel_p, hidden_q, kernel_q):
     part = jax.checkpoint(lambda part: of_logits(part[0], kernel_p, part[1], kernel_q))
     return jnp.mean(jax.lax.map(part, (in_parts(hidden_p), in_parts(hidden_q))))
@@ -77,6 +82,7 @@ def divergences(*size):
     return [
         divergence("KL", jxent.linear_kl_divergence, kl_of_logits, size),
         divergence("JS", jxent.linear_js_divergence, js_of_logits, size),
+        divergence("TV", jxent.linear_tv_distance, tv_of_logits, size),
     ]
 
 

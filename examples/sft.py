@@ -81,9 +81,9 @@ def tokens_and_labels(tokenizer, examples):
 
 def answer_labels(tokens, end):
     """Of each position the next token where that is the answer's, up to its first `end`, and -100 elsewhere."""
-    answer = tokens[:, PROMPT:]
-    over = np.cumsum(answer == end, axis=1) - (answer == end) > 0
-    return jxent.next_token_labels(np.hstack([np.full_like(tokens[:, :PROMPT], -100), np.where(over, -100, answer)]))
+    answer = np.arange(tokens.shape[1]) >= PROMPT
+    ends = answer & (tokens == end)
+    return jxent.next_token_labels(tokens, where=answer & (np.cumsum(ends, axis=1) - ends == 0))
 
 
 # --- training ---------------------------------------------------------------------------------------------------------

@@ -151,6 +151,30 @@ def next_token_rows():
             ("256-in-uint8", 256, ValueError, "ignore_index=256", f"{fits} uint8", "astype"),
             **unsigned,
         )
+        + rows_of(
+            function,
+            "offset",
+            ("zero", 0, ValueError, "must be at least 1", "got 0"),
+            ("negative", -1, ValueError, "must be at least 1", "got -1"),
+            ("float", 1.0, TypeError, "must be a Python integer", "got 1.0"),
+            ("none", None, TypeError, "must be a Python integer", "got None"),
+            ("array", jnp.int32(1), TypeError, "must be a Python integer", "got ", STATIC),
+        )
+        + rows_of(
+            function,
+            "where",
+            ("ints", ints(N), TypeError, "must be boolean", "got int32", "mask != 0"),
+            ("shape", jnp.ones(N + 1, bool), ValueError, rf"must broadcast to the tokens, \({N},\)", rf"\({N + 1},\)"),
+        )
+        + rows_of(
+            function,
+            "segment_ids",
+            ("float", floats(N), TypeError, "must be integers", "got float32"),
+            ("bool", jnp.ones(N, bool), TypeError, "must be integers", "got bool"),
+            ("shape", ints(N + 1), ValueError, rf"must broadcast to the tokens, \({N},\)", rf"\({N + 1},\)"),
+            ("one", ints(1), ValueError, f"an id for each of the {N} tokens", r"got shape \(1,\)"),
+            ("scalar", ints(), ValueError, f"an id for each of the {N} tokens", r"got shape \(\)"),
+        )
         + rows_of(function, "ignore_index", ("40-bits", 2**40, ValueError, f"ignore_index={2**40}", f"{fits} int32"))
         + [Row(function, "ignore_index", "default-in-uint8", unsigned, ValueError, ("-100", f"{fits} uint8", "astype"))]
     )

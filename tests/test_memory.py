@@ -285,3 +285,29 @@ def test_linear_forward_mode(reduction):
     for function, blocks in ((tangent, 3), (forward_over_reverse, 5), (reverse_over_forward, 7)):
         held = temporaries(function, S((positions,), jnp.int32), args, args)
         assert held <= blocks * block + 4 * kernel < 4 * positions * vocab, function.__name__
+
+
+def test_heads_in_one_call():
+    """Heads that predict several tokens take less memory in one call than in three, and give the same sum."""
+    batch, length, features, vocab = 2, 256, 16, 50257
+    shapes = [S((batch, length, features), jnp.float32)] * 3
+
+    def labels(tokens):
+        return [jxent.next_token_labels(tokens, offset=offset) for offset in (1, 2, 3)]
+
+    def in_one(kernel, heads, tokens):
+        return jxent.linear_cross_entropy(jnp.stack(heads), kernel, jnp.stack(labels(tokens)), reduction="sum")
+
+    def in_three(kernel, heads, tokens):
+        of_heads = zip(heads, labels(tokens), strict=True)
+        return sum(jxent.linear_cross_entropy(hidden, kernel, y, reduction="sum") for hidden, y in of_heads)
+
+    arguments = S((features, vocab), jnp.float32), shapes, S((batch, length), jnp.int32)
+    one, three = (
+        optimized(jax.value_and_grad(f, (0, 1))).lower(*arguments).compile().memory_analysis().temp_size_in_bytes
+        for f in (in_one, in_three)
+    )
+    assert one <= three
+    heads = [jnp.sin(jnp.arange(60.0) * (i + 1)).reshape(1, 10, 6) for i in range(3)]
+    small = jnp.cos(jnp.arange(66.0)).reshape(6, 11), heads, jnp.arange(10)[None]
+    assert abs(in_one(*small) / in_three(*small) - 1) < 1e-6

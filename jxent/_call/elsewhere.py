@@ -42,15 +42,16 @@ CAPPED = tuple(
 )
 CLASS_AXIS = "vocab_axis: the classes are the last axis of the logits; vocab_axis says which axis of a kernel they are"
 NO_LOGITS = "log_probs: pass log-probabilities, as of log_softmax; cross_entropy takes logits"
-FOR_TOKENS = "tokens: put ignore_index where no label should be: next_token_labels(jnp.where(mask, tokens, -100))"
+OF_TOKENS = "tokens: it is called where here (boolean, True for the tokens that may be labels)"
 OF_LABELS = "sample_weight: it is called where here (boolean, True for what counts, along the labels)"
 OTHER_SEGMENTS = (
-    "sample_weight: leave out the positions whose label is of another segment with where=",
-    "tokens: put ignore_index in the labels where segment_ids != jnp.roll(segment_ids, -1, -1)",
+    "segment_ids",
+    "sample_weight: leave out the positions whose label is of another segment with where=, or with labels of "
+    "next_token_labels(tokens, segment_ids=segment_ids)",
 )
 NO_SHIFT = (
     "class_weight: nothing is shifted here: the label of position i is labels[i]; next_token_labels(tokens) shifts",
-    "tokens: the label is always the next token",
+    "tokens: offset is how far ahead the label is, 1 for the next token",
 )
 DIVIDED = 'reduction: take reduction="sum" and divide by it'
 CAST = (
@@ -147,9 +148,9 @@ ROWS = (
     ("ce_weight", "class_weight"),
     ("sample_weights token_weights loss_weights", "sample_weight"),
     ("pos_weight", "pos_weight", "class_weight: class_weight weighs the classes"),
-    ("where mask", "where", FOR_TOKENS),
-    ("attention_mask", OF_LABELS, "where", FOR_TOKENS),
-    ("loss_mask label_mask padding_mask input_mask completion_mask live_targets", OF_LABELS, FOR_TOKENS),
+    ("where mask", "where"),
+    ("attention_mask", OF_LABELS, OF_TOKENS, "where"),
+    ("loss_mask label_mask padding_mask input_mask completion_mask live_targets", OF_LABELS, OF_TOKENS),
     ("label_paddings logit_paddings", "sample_weight: pass where=paddings == 0"),
     ("targets_segmentation", "sample_weight: pass where=targets_segmentation != 0"),
     ("segment_ids decoder_segment_ids document_ids", *OTHER_SEGMENTS),
