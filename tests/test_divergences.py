@@ -140,6 +140,28 @@ def test_equal_rows(beta):
         assert [g.dtype for g in grads] == [dtype] * 2
 
 
+@pytest.mark.covering
+@pytest.mark.parametrize("mode", ["", "Auto", "shard_map"])
+@pytest.mark.parametrize("classes", [33, 40000])
+def test_equal_rows_of_layers(classes, mode):
+    """The total variation distance has sums of the same terms, which must be equal to the last bit."""
+    hidden = jnp.asarray(RNG.normal(size=(6, 3)), jnp.float32)
+    kernel = jnp.asarray(RNG.normal(size=(3, classes - classes % 2 * (mode != ""))), jnp.float32)
+    f = partial(jxent.linear_tv_distance, block_size=2)
+    if mode:
+        mesh = jax.make_mesh((2,), ("vocab",), axis_types=(jax.sharding.AxisType.Auto,))
+        specs = (jax.P(), jax.P(None, "vocab")) * 2
+        if mode == "shard_map":
+            f = jax.shard_map(partial(f, axis_name="vocab"), mesh=mesh, in_specs=specs, out_specs=jax.P())
+        hidden, kernel = (
+            jax.device_put(a, jax.NamedSharding(mesh, spec))
+            for a, spec in zip((hidden, kernel), specs[:2], strict=True)
+        )
+    value, grads = jax.jit(jax.value_and_grad(f, (0, 1, 2, 3)))(hidden, kernel, hidden, kernel)
+    assert value == 0
+    assert not any(map(np.any, grads))
+
+
 FAR_ROWS = (  # in units of the largest number
     [-1] * 4,
     [-1, -np.inf, -1, -0.5],
@@ -450,6 +472,7 @@ def program(f, wrt, *shapes):
         (None, (0, 1), False, 4, 3.1),
         (None, (0, 1, 2, 3), False, 6, 4.1),
         (0.5, (2, 3), False, 4, 4.1),
+        ("tv", (2, 3), False, 4, 3.1),
     ],
 )
 def test_matmuls_and_memory(beta, wrt, recompute, dots, arrays):
@@ -470,7 +493,7 @@ def test_default_block():
     assert "f32[512,32000]" not in text
 
 
-@pytest.mark.parametrize(("beta", "most"), [(None, 0.05), (0.5, 1.05)])
+@pytest.mark.parametrize(("beta", "most"), [(None, 0.05), (0.5, 1.05), ("tv", 0.05)])
 def test_memory_of_logits(beta, most):
     """Forwards nothing of the size of the logits, but JS the distance of the two; backwards the gradient."""
     shape = (256, 8192)
