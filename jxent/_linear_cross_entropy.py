@@ -104,9 +104,10 @@ def linear_cross_entropy(
       z_loss_weight: adds ``z_loss_weight * logsumexp(logits)**2`` to the loss of each unmasked position.
       logit_softcap: a Python number c > 0; the logits become ``c * tanh(logits / c)`` first.
       reduction: ``"mean"``, ``"sum"`` or ``"none"``, as for `cross_entropy`. With ``"none"`` the gradients are computed
-        in the backward pass, which skips positions whose cotangents are all 0. If you differentiate statistics of `return_stats`, pass ``recompute=True``, or pass
-        ``"none"`` and reduce the losses yourself. Both take four matmuls and one gradient of the kernel. Otherwise a
-        mean takes six and two, because it computes its gradients before it knows those of the statistics.
+        in the backward pass, which skips positions whose cotangents are all 0. If you differentiate statistics of
+        `return_stats`, pass ``recompute=True``, or pass ``"none"`` and reduce the losses yourself. Both take four
+        matmuls and one gradient of the kernel. Otherwise a mean takes six and two, because it computes its gradients
+        before it knows those of the statistics.
       axis_name: the mesh axis or axes over which the vocabulary is sharded, as in `cross_entropy`. Inside
         `jax.shard_map`, pass this shard's `kernel`, `bias`, `class_weight` and probability labels; pass the same
         `hidden` and index labels on every shard.
