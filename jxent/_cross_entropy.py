@@ -52,6 +52,7 @@ def cross_entropy(
     label_smoothing: Float[ArrayLike, ""] = 0.0,
     z_loss_weight: Float[ArrayLike, ""] = 0.0,
     logit_softcap: float | None = None,
+    temperature: Float[ArrayLike, "*#positions"] = 1.0,
     reduction: Reduction = "mean",
     axis_name: AxisName | None = None,
     batch_axis_name: AxisName | None = None,
@@ -83,6 +84,11 @@ def cross_entropy(
       z_loss_weight: adds ``z_loss_weight * logsumexp(logits)**2`` to the loss of each unmasked position.
         `sample_weight` scales this term, `class_weight` does not. Pass a number or an array, as for `label_smoothing`.
       logit_softcap: a Python number c > 0; the logits become ``c * tanh(logits / c)`` first.
+      temperature: divides the logits, in at least float32, after the soft cap. Loss, z-loss and statistics are those of
+        the divided logits. Pass a number, a scalar array, or an array that broadcasts to the shape of the positions:
+        shape (batch, 1) has one temperature for each sequence. A Python number is static. It must be positive and
+        finite in float32, and so must its inverse. The values of arrays are not checked: a temperature of 0 or NaN
+        makes its positions NaN, unless they are masked. Do not divide 16-bit logits yourself, because that rounds.
       reduction: ``"mean"`` divides the sum by the weights of the unmasked labels (class weight times sample weight;
         for class probabilities the sample weight alone). ``"sum"`` does not divide, and ``"none"`` gives each
         position's loss. If all positions are masked, the mean is nan and the sum 0, with gradients of 0.
@@ -140,5 +146,12 @@ def cross_entropy(
         reduction=reduction,
         return_stats=return_stats,
     )
-    weights = Weights(class_weight=class_weight, sample_weight=sample_weight, where=where, scalars=traced_of(scalars))
+    dtype = checks.common_dtype(logits, of_kind.array, class_weight)
+    weights = Weights(
+        class_weight=class_weight,
+        sample_weight=sample_weight,
+        where=where,
+        scalars=traced_of(scalars),
+        temperature=checks.temperature(name, temperature, logits, axis, dtype),
+    )
     return placed_loss_of(over.placement, options, logits, weights, labels=of_kind)

@@ -26,7 +26,7 @@ def kl_divergence(
     logits_q: Float[ArrayLike, "*shape"],
     *,
     axis: int = -1,
-    temperature: Float[ArrayLike, ""] = 1.0,
+    temperature: Float[ArrayLike, "*#positions"] = 1.0,
     sample_weight: Float[ArrayLike, "*#positions"] | None = None,
     where: Bool[ArrayLike, "*#positions"] | None = None,
     reduction: Reduction = "mean",
@@ -48,8 +48,9 @@ def kl_divergence(
         class, the divergence is infinite; its gradient is then finite, as for the smallest q there is.
       axis: the class axis.
       temperature: divides both logits first; the result is not multiplied by its square. A Python number is static.
-        It must be positive and finite in float32, and so must its inverse. A floating-point scalar array is traced, and
-        its value is not checked.
+        It must be positive and finite in float32, and so must its inverse. A scalar array is traced, and so is an array
+        that broadcasts to the shape of the positions, with one temperature for each. Their values are not checked: a
+        temperature of 0 or NaN makes its positions NaN, unless they are masked.
       sample_weight: multiplies each position's divergence and its term of the mean's denominator; broadcasts to the
         shape of the positions, which is that of the logits without their class axis.
       where: boolean, broadcasts to the shape of the positions; False masks a position, even if it contains NaN.
@@ -100,7 +101,7 @@ def js_divergence(
     *,
     beta: float = 0.5,
     axis: int = -1,
-    temperature: Float[ArrayLike, ""] = 1.0,
+    temperature: Float[ArrayLike, "*#positions"] = 1.0,
     sample_weight: Float[ArrayLike, "*#positions"] | None = None,
     where: Bool[ArrayLike, "*#positions"] | None = None,
     reduction: Reduction = "mean",

@@ -66,6 +66,7 @@ def linear_cross_entropy(
     label_smoothing: Float[ArrayLike, ""] = 0.0,
     z_loss_weight: Float[ArrayLike, ""] = 0.0,
     logit_softcap: float | None = None,
+    temperature: Float[ArrayLike, "*#positions"] = 1.0,
     reduction: Reduction = "mean",
     axis_name: AxisName | None = None,
     batch_axis_name: AxisName | None = None,
@@ -103,6 +104,9 @@ def linear_cross_entropy(
       label_smoothing: in [0, 1]; the part of each label that is spread evenly over the classes.
       z_loss_weight: adds ``z_loss_weight * logsumexp(logits)**2`` to the loss of each unmasked position.
       logit_softcap: a Python number c > 0; the logits become ``c * tanh(logits / c)`` first.
+      temperature: divides the float32 logits, after the soft cap. Pass a number, a scalar array, or an array that
+        broadcasts to the leading shape of `hidden`, as in `cross_entropy`. Do not divide bfloat16 hidden states
+        instead. That rounds them, and log-probabilities are then wrong by up to 0.1 nats.
       reduction: ``"mean"``, ``"sum"`` or ``"none"``, as for `cross_entropy`. With ``"none"`` the gradients are computed
         in the backward pass, which skips positions whose cotangents are all 0. If you differentiate statistics of
         `return_stats`, pass ``recompute=True``, or pass ``"none"`` and reduce the losses yourself. Both take four
@@ -187,7 +191,14 @@ def linear_cross_entropy(
         precision=checks.matmul_precision(name, precision),
     )
     recompute = checks.flag(name, "recompute", recompute)
-    weights = Weights(class_weight=class_weight, sample_weight=sample_weight, where=where, scalars=traced_of(scalars))
+    dtype = checks.common_dtype(hidden, kernel, bias, of_kind.array, class_weight)
+    weights = Weights(
+        class_weight=class_weight,
+        sample_weight=sample_weight,
+        where=where,
+        scalars=traced_of(scalars),
+        temperature=checks.temperature(name, temperature, logits, logits.ndim - 1, dtype),
+    )
     positions = tuple(range(hidden.ndim - 1))
     dimensions = (
         (*positions, None),
@@ -230,6 +241,7 @@ def _linear_cross_entropy(
         class_weight=weights.class_weight if takes_class_weight else None,
         mask=mask,
         class_offset=positions.class_offset,
+        temperature=positions.temperature,
     )
     coefficients = coefficients_of(options, weights, positions)
     weight = denominator(options, positions, hidden.shape[:-1], compute_dtype(hidden.dtype, kernel.dtype))

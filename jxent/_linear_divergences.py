@@ -40,7 +40,7 @@ def linear_kl_divergence(
     bias_p: Float[ArrayLike, " vocab"] | None = None,
     bias_q: Float[ArrayLike, " vocab"] | None = None,
     vocab_axis: int | tuple[int, int] = -1,
-    temperature: Float[ArrayLike, ""] = 1.0,
+    temperature: Float[ArrayLike, "*#positions"] = 1.0,
     sample_weight: Float[ArrayLike, "*#positions"] | None = None,
     where: Bool[ArrayLike, "*#positions"] | None = None,
     reduction: Reduction = "mean",
@@ -66,8 +66,9 @@ def linear_kl_divergence(
       bias_q: the same for Q.
       vocab_axis: the axis of both kernels that is the vocabulary, -1 or 0; or a pair, for `kernel_p` and `kernel_q`.
       temperature: divides both logits first; the result is not multiplied by its square. A Python number is static.
-        It must be positive and finite in float32, and so must its inverse. A floating-point scalar array is traced, and
-        its value is not checked.
+        It must be positive and finite in float32, and so must its inverse. A scalar array is traced, and so is an array
+        that broadcasts to the leading shape, with one temperature for each. Their values are not checked: a
+        temperature of 0 or NaN makes its positions NaN, unless they are masked.
       sample_weight: multiplies each position's divergence and its term of the mean's denominator; broadcasts to the
         leading shape.
       where: boolean, broadcasts to the leading shape; False masks a position, even if its hidden states contain NaN.
@@ -131,7 +132,7 @@ def linear_js_divergence(
     bias_p: Float[ArrayLike, " vocab"] | None = None,
     bias_q: Float[ArrayLike, " vocab"] | None = None,
     vocab_axis: int | tuple[int, int] = -1,
-    temperature: Float[ArrayLike, ""] = 1.0,
+    temperature: Float[ArrayLike, "*#positions"] = 1.0,
     sample_weight: Float[ArrayLike, "*#positions"] | None = None,
     where: Bool[ArrayLike, "*#positions"] | None = None,
     reduction: Reduction = "mean",
@@ -361,7 +362,7 @@ def _divergence(
         bias=q.bias,
         mask=positions.mask,
         class_offset=positions.class_offset,
-        temperature=weights.temperature,
+        temperature=positions.temperature,
         hidden_p=p.hidden,
         kernel_p=p.kernel,
         bias_p=p.bias,

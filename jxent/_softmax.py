@@ -197,7 +197,7 @@ class _Residuals(NamedTuple):
 def _normalizer(classes: _Classes, logits: Logits) -> tuple[Row, _Residuals]:
     """(log_normalizer, `_Residuals`)."""
     dtype = compute_dtype(logits.dtype)
-    row = normalizer(logits, None, classes.axis, None, dtype, False, classes.shards.axis_name)
+    row = normalizer(logits, None, None, classes.axis, None, dtype, False, classes.shards.axis_name)
     return row.log_normalizer, _Residuals(logits=logits, row_max=row.row_max, log_z=row.log_z)
 
 

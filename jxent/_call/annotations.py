@@ -29,6 +29,7 @@ class LossOptions(TypedDict, total=False):
     label_smoothing: Float[ArrayLike, ""]
     z_loss_weight: Float[ArrayLike, ""]
     logit_softcap: float | None
+    temperature: Float[ArrayLike, "*#positions"]
     reduction: Reduction
     axis_name: AxisName | None
     batch_axis_name: AxisName | None

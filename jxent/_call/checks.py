@@ -341,6 +341,31 @@ def scalar(function: str, name: str, value: Any, low: float, high: float, positi
     return jnp.asarray(value)
 
 
+def common_dtype(*arrays: Array | None) -> jnp.dtype:
+    """The dtype to compute in for these arrays."""
+    return compute_dtype(*(given.dtype for given in arrays if given is not None))
+
+
+def temperature(function: str, value: Any, logits: Shaped, axis: int, dtype: Any) -> Array | None:
+    """A temperature as a scalar array or one that broadcasts to the positions; None for 1.
+
+    A Python number must be a divisor, as in `scalar`, and becomes an array of `dtype`. The values of arrays are not
+    checked.
+    """
+    if isinstance(value, list | tuple):
+        value = array(function, "temperature", value)
+    if isinstance(value, jax.Array | np.ndarray) and value.ndim:
+        value = jnp.asarray(value)
+        value = value.astype(dtype) if jnp.issubdtype(value.dtype, jnp.integer) else value
+        value = floating(function, "temperature", value)
+        shape = logits.shape[:axis] + logits.shape[axis + 1 :]
+        return broadcastable(function, "temperature", value, shape, "the positions (the shape of the labels)")
+    number = scalar(function, "temperature", value, 0, math.inf, positive=True)
+    if isinstance(number, Array):
+        return number
+    return None if number == 1 else jnp.asarray(number, dtype)
+
+
 def _divides(value: Any) -> bool:
     """Whether a Python number can be a divisor in float32, where some compilers multiply by its inverse."""
     tiny = float(np.finfo(np.float32).tiny)

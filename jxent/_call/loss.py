@@ -40,7 +40,7 @@ class Stats(NamedTuple):
     log_prob: Float[Array, "*positions"]
     """Log-probability of the label in nats; for dense or sparse class probabilities q, the sum of q[j] log p[j]."""
     log_normalizer: Float[Array, "*positions"]
-    """log sum exp of the logits."""
+    """log sum exp of the logits, after the soft cap and divided by the temperature."""
     entropy: Float[Array, "*positions"]
     """Entropy of the softmax, in nats."""
     prediction: Int[Array, "*positions"]
@@ -83,7 +83,8 @@ def placed_loss_of(
 def weight_dimensions(weights: Weights, positions: tuple[int, ...]) -> Weights:
     """The dimensions of each array of the weights, which `Placement.spec` explains."""
     scalars: Any = dict.fromkeys(weights.scalars, ())
-    dimensions: Any = {"class_weight": (CLASSES,), "sample_weight": positions, "where": positions, "temperature": ()}
+    by_position = {"sample_weight": positions, "where": positions, "temperature": positions}
+    dimensions: Any = {"class_weight": (CLASSES,), **by_position}
     return weights._replace(scalars=scalars, **dimensions)
 
 
@@ -108,12 +109,15 @@ def _row_inputs(
     axis, class_weight = objective.axis, None
     if any(objective.takes_class_weight(name, labels) for name in objective.names):
         class_weight = sharded_like(weights.class_weight, logits, [axis])
+    temperature = not_reduced(positions.temperature)
+    if temperature is not None and temperature.ndim:
+        temperature = jnp.expand_dims(temperature, axis)
     inputs = RowInputs(
         logits=logits,
         labels=None if labels is None else labels.sharded_as_logits(logits),
         logits_p=logits_p,
         class_weight=class_weight,
-        temperature=not_reduced(weights.temperature),
+        temperature=temperature,
     )
     inputs = objective.reported(options.function, options.argument, mask, inputs)
     labels = None if inputs.labels is None else inputs.labels.with_class_axis(axis)

@@ -1,9 +1,7 @@
 """The options of a loss, static or traced, and the arrays that the loss takes besides logits and labels."""
 
-import math
 from typing import NamedTuple
 
-import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
@@ -36,7 +34,7 @@ class Weights(NamedTuple):
     sample_weight: Float[Array, "*#positions"] | None
     where: Bool[Array, "*#positions"] | None
     scalars: dict[str, Array]  # those of `Scalars` that are traced
-    temperature: Float[Array, ""] | None = None  # see `RowInputs`
+    temperature: Float[Array, "*#positions"] | None = None  # a scalar, or by position; None for 1
 
 
 def static_of(scalars: Scalars) -> tuple[tuple[str, float], ...]:
@@ -113,9 +111,7 @@ def divergence_weights(
     *others: Array,
 ) -> Weights:
     """The `Weights` of a divergence. It reads the shape and dtype of `logits`, and the dtypes of `others`."""
-    temperature = checks.scalar(function, "temperature", temperature, 0, math.inf, positive=True)
+    dtype = compute_dtype(logits.dtype, *(other.dtype for other in others))
+    of_positions = checks.temperature(function, temperature, logits, axis, dtype)
     _, sample_weight, where = checks.weights(function, None, sample_weight, where, logits, axis)
-    if not isinstance(temperature, Array):
-        dtype = compute_dtype(logits.dtype, *(other.dtype for other in others))
-        temperature = None if temperature == 1 else jnp.asarray(temperature, dtype)
-    return Weights(class_weight=None, sample_weight=sample_weight, where=where, scalars={}, temperature=temperature)
+    return Weights(class_weight=None, sample_weight=sample_weight, where=where, scalars={}, temperature=of_positions)

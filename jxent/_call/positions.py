@@ -25,6 +25,7 @@ class Positions(NamedTuple):
     mask: Bool[Array, "*positions"] | None  # False at masked positions; None if all are unmasked
     label_weight: Float[Array, "*positions"] | None  # see `Labels.label_weight`; weights are 0 at masked positions
     sample_weight: Float[Array, "*positions"] | None
+    temperature: Float[Array, "*#positions"] | None  # a scalar; or one for each position, 1 at masked positions
     class_offset: Int[Array, ""] | None  # the class that this shard begins with
 
 
@@ -43,11 +44,20 @@ def positions_of(
     if sample_weight is not None:
         sample_weight = sample_weight.astype(compute_dtype(sample_weight.dtype))
         sample_weight = only(mask, as_positions(jnp.broadcast_to(sample_weight, shape)))
+    temperature = weights.temperature
+    if temperature is not None and temperature.ndim:
+        temperature = temperature.astype(compute_dtype(temperature.dtype))
+        temperature = only(mask, as_positions(jnp.broadcast_to(temperature, shape)), 1)
     offset, label_weight = class_offset(shards, classes), None
     if labels is not None and weights.class_weight is not None:
         label_weight = labels.label_weight(weights.class_weight, mask, shards, offset)
     return Positions(
-        labels=labels, mask=mask, label_weight=label_weight, sample_weight=sample_weight, class_offset=offset
+        labels=labels,
+        mask=mask,
+        label_weight=label_weight,
+        sample_weight=sample_weight,
+        temperature=temperature,
+        class_offset=offset,
     )
 
 

@@ -9,14 +9,14 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from jxent._core.dtypes import compute_dtype
-from jxent._core.indexing import out_of_range
+from jxent._core.indexing import out_of_range, pick
 from jxent._core.reports import OutOfRange, report
 from jxent._core.shards import ClassAxis, Shards, at_positions, local_index, sharded_as_positions, total
 from jxent._core.weights import only
 from jxent._labels.labels import Labels, Mask
 from jxent._rows.costs import Before, LabelCost, Moved
 from jxent._rows.passes import Class, Passes, Row, known
-from jxent._rows.terms import expm1
+from jxent._rows.terms import expm1, held
 
 
 @jax.tree_util.register_dataclass
@@ -111,6 +111,21 @@ class IndexCost(LabelCost):
         index, cotangent, at_label = rows
         elsewhere = cotangent * c.p_but_label if c.normalized else c.zero
         return jnp.where(c.index == index, at_label, elsewhere)
+
+    def rows_of_z(self, passes: Passes, rows: tuple[Int[Array, "*row"], Row, Row]) -> Row:
+        _, cotangent, _ = rows
+        return cotangent
+
+    def times_z(self, c: Class, rows: Row) -> Array:
+        return rows * c.p_but_label * c.held_z
+
+    def label_times_z(self, passes: Passes, rows: tuple[Int[Array, "*row"], Row, Row]) -> Row:
+        """The sum has p[t] z[t] already, unless it lacks the label."""
+        index, cotangent, at_label = rows
+        logits, one = known(passes.arrays.logits), jnp.ones((), passes.dtype)
+        inside = jnp.clip(index, 0, self.classes.size - 1)
+        z = held(passes.z_of(pick(logits, inside, self.classes.axis)), one)
+        return jnp.where(index == inside, (at_label if passes.lacks_label else -cotangent) * z, 0)
 
     def tangent(self, passes: Passes, kept: Row | None, moved: Moved) -> Row:
         return moved.log_z - known(moved.label_z)

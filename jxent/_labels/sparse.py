@@ -21,7 +21,7 @@ from jxent._labels.labels import Labels, Mask
 from jxent._rows import targets
 from jxent._rows.costs import Before, LabelCost, Moved
 from jxent._rows.passes import Class, Passes, Row, known
-from jxent._rows.terms import below_top
+from jxent._rows.terms import below_top, held
 
 
 class SparseLabels(NamedTuple):
@@ -186,7 +186,8 @@ class EntryCost(LabelCost):
     def rows(self, passes: Passes, kept: Row | None, cotangent: Row) -> EntryRows:
         (x, share, cost), sums = self._taken(passes), None
         if passes.normalized:
-            others = share * below_top(x, known(passes.arrays.row_max), jnp.ones((), passes.dtype))
+            row_max, temperature = known(passes.arrays.row_max), passes.arrays.temperature
+            others = share * below_top(x, row_max, jnp.ones((), passes.dtype), temperature)
             sums = targets.Sums(others=self.entries.summed(others), all=self.entries.summed(share))
         return EntryRows(cotangent=cotangent, share=share, cost=cost, sums=sums)
 
@@ -196,6 +197,17 @@ class EntryCost(LabelCost):
         of_all = targets.gradient(c, 0, rows.sums)  # if p is near 1, this has subtracted the share already
         taken = jnp.where(targets.is_near_one(-rows.cost), 0, rows.share)
         return self.entries.add_to(rows.cotangent * of_all, -rows.cotangent * taken)
+
+    def rows_of_z(self, passes: Passes, rows: EntryRows) -> tuple[Row, Row]:
+        return rows.cotangent, known(rows.sums).all
+
+    def times_z(self, c: Class, rows: tuple[Row, Row]) -> Array:
+        cotangent, share = rows
+        return cotangent * (share * c.p) * c.held_z
+
+    def label_times_z(self, passes: Passes, rows: EntryRows) -> Row:
+        z = held(passes.z_of(self.entries.at(known(passes.arrays.logits))), jnp.ones((), passes.dtype))
+        return -rows.cotangent * jnp.sum(self.entries.here(rows.share * z), self.entries.classes.axis, keepdims=True)
 
     def to_label(self, c: Class, rows: EntryRows) -> Array:
         return self.entries.here(rows.cotangent * self._weighted(c, rows.cost))
@@ -209,10 +221,9 @@ class EntryCost(LabelCost):
     def tangent(self, passes: Passes, kept: Row | None, moved: Moved) -> Row:
         x, share, cost = self._taken(passes)
         moving, parts = known(passes.arrays.moving), [0 * cost]
-        if moving.logits is not None:
-            dlog_p = passes.dx_of(x, self.entries.at(moving.logits))
-            if passes.normalized:
-                dlog_p = dlog_p - known(moving.reference) - moved.log_z
+        if moving.z:
+            dlogit = None if moving.logits is None else self.entries.at(moving.logits)
+            dlog_p = passes.dz_of(x, dlogit) - moved.log_z if passes.normalized else passes.dx_of(x, known(dlogit))
             parts.append(-share * dlog_p)
         if moved.entries is not None:
             parts.append(self._weighted(passes, moved.entries.astype(passes.dtype)) * cost)

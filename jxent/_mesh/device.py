@@ -51,6 +51,8 @@ def on_each_device(
     shares = {"hidden", "hidden_p"}  # each shard of the classes has a share (one term of the sum) of these
     if inputs.labels is not None and inputs.labels.gradient_is_a_share:
         shares.add("labels")
+    if "temperature" in inputs.positional:
+        shares.add("temperature")
     return out, {name: _over_devices(sweep, plan, shares, name, each) for name, each in gradients.items()}
 
 
@@ -75,7 +77,7 @@ def _over_devices(sweep: Sweep, plan: Layout, shares: Container[str], name: str,
     if name == "labels" and name not in shares:
         return gradient
     axes = plan.axes["v"] if name in shares else plan.positions
-    if name == "temperature":
+    if name == "temperature" and name not in shares:
         axes = (*plan.axes["v"], *plan.positions)
     kernels = {"kernel": (sweep.vocab_axis, ""), "kernel_p": (sweep.vocab_axis_p, "p")}
     if name in kernels:

@@ -33,7 +33,7 @@ def dimensions(
         "class_weight": ("v",),
         "mask": positions,
         "class_offset": (),
-        "temperature": (),
+        "temperature": positions if "temperature" in inputs.positional else (),
         "hidden_p": (*positions, "hp"),
         "kernel_p": ("fp", "v") if vocab_axis_p else ("v", "fp"),
         "bias_p": ("v",),

@@ -13,7 +13,7 @@ from jxent._core.indexing import at_index
 from jxent._core.shards import Shards
 from jxent._core.weights import along, is_used
 from jxent._labels.labels import Labels
-from jxent._objective.objective import Costs, Objective, RowInputs, known_labels
+from jxent._objective.objective import Costs, Objective, RowInputs, as_row, known_labels
 from jxent._rows.costs import (
     OPTIONAL,
     STATISTIC_NAMES,
@@ -81,7 +81,8 @@ class CrossEntropy(Objective):
     def passes(self, residuals: Residuals, previous: Row) -> Passes:
         dtype, inputs = residuals.log_z.dtype, residuals.inputs
         like = known(inputs.logits if residuals.exp is None else residuals.exp)
-        labels = known_labels(inputs)
+        labels, temperature = known_labels(inputs), as_row(inputs.temperature, inputs)
+        uses_inverse = residuals.exp is not None or temperature is not None
         arrays = Arrays(
             logits=inputs.logits,
             q=labels.dense,
@@ -89,7 +90,8 @@ class CrossEntropy(Objective):
             exp=residuals.exp,
             row_max=residuals.row_max,
             log_z=residuals.log_z,
-            inverse_z=None if residuals.exp is None else jnp.exp(-residuals.log_z),
+            inverse_z=jnp.exp(-residuals.log_z) if uses_inverse else None,
+            temperature=temperature,
         )
         return Passes(
             arrays=arrays,
@@ -108,7 +110,8 @@ class CrossEntropy(Objective):
         left_out = None
         if index is not None and label_logit is not None and self.leaves_label_out(labels, classes.size):
             left_out = index, label_logit
-        row = normalizer(logits, left_out, (self.axis,), self.logit_softcap, inputs.dtype, save_exp, axis_name)
+        static = (self.axis,), self.logit_softcap, inputs.dtype, save_exp, axis_name
+        row = normalizer(logits, left_out, as_row(inputs.temperature, inputs), *static)
         log_z, invalid = row.log_z, labels.invalid(classes)
         if invalid is not None:
             log_z = jnp.where(invalid, jnp.nan, log_z)
@@ -146,8 +149,28 @@ class CrossEntropy(Objective):
             return c.to_logit(to_x), to_labels, to_weight
 
         to_logits, to_labels, to_weight = passes.map(gradients, rows)
-        to_inputs = RowInputs(logits=to_logits, labels=labels.gradient(to_labels), class_weight=to_weight)
+        to_inputs = RowInputs(
+            logits=to_logits,
+            labels=labels.gradient(to_labels),
+            class_weight=to_weight,
+            temperature=self._to_temperature(passes, named, rows),
+        )
         return self.summed(inputs, to_inputs)
+
+    def _to_temperature(self, passes: Passes, costs: dict[str, Cost], rows: dict[str, Any]) -> Row | None:
+        """The gradient by the temperature of each position, the share of this shard's classes."""
+        temperature = passes.arrays.temperature
+        if temperature is None:
+            return None
+
+        def times_z(c: Class, rows: dict[str, Any]) -> Array:
+            return known(_added_up(cost.times_z(c, rows[name]) for name, cost in costs.items()))
+
+        of_classes = passes.share_of_sum(
+            times_z, {name: cost.rows_of_z(passes, rows[name]) for name, cost in costs.items()}
+        )
+        of_labels = _added_up(cost.label_times_z(passes, rows[name]) for name, cost in costs.items())
+        return -(of_classes if of_labels is None else of_classes + of_labels) / temperature
 
     def _costs_of_residuals(self, residuals: Residuals) -> dict[str, Cost]:
         inputs = residuals.inputs
@@ -158,8 +181,9 @@ class CrossEntropy(Objective):
         labels, passes = known_labels(inputs), self.passes(residuals, log_z)
         weight = along(moving.class_weight, log_z.ndim, self.axis, log_z.dtype)
         dlabels = None if moving.labels is None else moving.labels.array
-        passes.moving(Moving(logits=moving.logits, q=None if labels.dense is None else dlabels, weight=weight))
-        if moving.logits is None:
+        dq, dtemperature = None if labels.dense is None else dlabels, as_row(moving.temperature, inputs)
+        passes.moving(Moving(logits=moving.logits, q=dq, weight=weight, temperature=dtemperature))
+        if not known(passes.arrays.moving).z:
             still = jnp.zeros_like(log_z)
             moved = Moved(log_z=still, label_z=still, log_normalizer=still, entries=dlabels)
         else:
@@ -167,26 +191,32 @@ class CrossEntropy(Objective):
         costs = self._costs_of_residuals(residuals)
         return {name: cost.tangent(passes, residuals.kept[name], moved) for name, cost in costs.items()}
 
-    def _moved(self, residuals: Residuals, passes: Passes, dlogits: Logits) -> Moved:
-        inputs, axis_name, label_dx = residuals.inputs, self.shards.axis_name, None
-        index = known_labels(inputs).index(self.classes(dlogits.shape[self.axis], inputs.class_offset))
+    def _moved(self, residuals: Residuals, passes: Passes, dlogits: Logits | None) -> Moved:
+        inputs, axis_name = residuals.inputs, self.shards.axis_name
+        index = known_labels(inputs).index(self.classes(passes.arrays.any.shape[self.axis], inputs.class_offset))
+        logit, dlogit, label_dx, reference = None, None, None, jnp.zeros_like(residuals.log_z)
         if index is not None:
-            capped = None if self.logit_softcap is None else at_index(known(inputs.logits), index, self.axis, axis_name)
-            label_dx = passes.dx_of(capped, at_index(dlogits, index, self.axis, axis_name))
-        reference = passes.dx_of(passes.arrays.row_max, passes.mean_at_max(lambda c: c.dlogit))
-        if passes.lacks_label:
+            if self.logit_softcap is not None or inputs.temperature is not None:
+                logit = at_index(known(inputs.logits), index, self.axis, axis_name)
+            dlogit = None if dlogits is None else at_index(dlogits, index, self.axis, axis_name)
+            label_dx = None if dlogit is None else passes.dx_of(logit, dlogit)
+        if dlogits is not None:
+            reference = passes.dx_of(passes.arrays.row_max, passes.mean_at_max(lambda c: c.dlogit))
+        if passes.lacks_label and dlogits is not None:
             loss = known(residuals.kept["label"])
             label_is_largest = loss - residuals.log_z < math.log(4 / 3)  # see `terms.below_top`
             reference = jnp.where(label_is_largest, known(label_dx), reference)
         passes.moving(known(passes.arrays.moving)._replace(reference=reference))
         log_z = passes.sum(lambda c: c.p_but_label * c.dz)
-        label_z = None if label_dx is None else label_dx - reference
+        label_z = None if index is None else passes.dz_of(logit, dlogit)
         if passes.lacks_label:
             log_z += jnp.exp(-known(residuals.kept["label"])) * known(label_z)
-        return Moved(log_z=log_z, label_z=label_z, log_normalizer=log_z + reference)
+        return Moved(log_z=log_z, label_z=label_z, log_normalizer=log_z + passes.dtop(reference))
 
     def exchanges_logits(self, inputs: RowInputs) -> bool:
+        # With a temperature the exponentials do not tell z, by which the gradient of the temperature is multiplied.
         alike = self.logit_softcap is None and known(inputs.logits).dtype == inputs.dtype
+        alike = alike and inputs.temperature is None
         return alike and self.takes_p_alone(inputs, self.costs)
 
     def takes_p_alone(self, inputs: RowInputs, names: Iterable[str]) -> bool:

@@ -41,12 +41,12 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 
 from jxent._backend.fusion import unfused
 from jxent._core.reports import report_values
 from jxent._core.shards import Shards, largest
-from jxent._objective.objective import Costs, Objective, RowInputs
+from jxent._objective.objective import Costs, Objective, RowInputs, as_row
 from jxent._rows import terms
 from jxent._rows.pair import OfRow, Pair, PairRows
 from jxent._rows.passes import Arrays, Class, Logits, Passes, Row, known
@@ -323,7 +323,7 @@ class DivergenceObjective(Objective):
                     parts.append(-pair.cooled(gradient(pair, prepared) * z * dtemperature))
             return sum(parts[1:], parts[0])
 
-        dtemperature = None if moving.temperature is None else _as_row(moving.temperature, inputs)
+        dtemperature = as_row(moving.temperature, inputs)
         return {"divergence": passes.sum(term, rows, prepared, moving.logits_p, moving.logits, dtemperature)}
 
     def reported(
@@ -345,16 +345,12 @@ class DivergenceObjective(Objective):
             logits_p=known(inputs.logits_p),
             of_row=of_row,
             row_max_distance=(row_max_q - row_max_p, terms.lost_by_difference(row_max_q, row_max_p)),
-            temperature=None if inputs.temperature is None else _as_row(inputs.temperature, inputs),
+            temperature=as_row(inputs.temperature, inputs),
         )
         if not self.divergence.keeps_distance:
             return rows
         kept = passes.map(lambda c, rows: Pair(known(c.arrays.logits), rows, c.one).distance, rows)
         return rows._replace(distance=kept)
-
-
-def _as_row(number: Float[Array, ""], inputs: RowInputs) -> Row:
-    return number.astype(inputs.dtype).reshape((1,) * known(inputs.logits).ndim)
 
 
 def _sum(passes: Passes, term: Callable[[Pair], Array], rows: PairRows) -> Row:

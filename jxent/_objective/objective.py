@@ -36,7 +36,7 @@ class RowInputs:
     labels: Labels | None = None  # with a class axis
     logits_p: Logits | None = None  # the logits of P in a divergence from P to Q; Q has `logits`
     class_weight: Float[Array, " classes"] | None = None  # in the sums over classes, not in the cost of an index label
-    temperature: Float[Array, ""] | None = None  # a divergence divides all logits by it; None for 1
+    temperature: Float[Array, ""] | Row | None = None  # divides all logits, or those of each position; None for 1
     mask: Bool[Array, "*row"] | None = None  # False at masked positions, which reach no gradient
     class_offset: Int[Array, ""] | None = None  # the class that this shard begins with; None if there are no shards
 
@@ -152,15 +152,25 @@ class Objective(abc.ABC):
     def summed(self, inputs: RowInputs, gradients: RowInputs) -> RowInputs:
         """The gradients by the inputs, from the gradients at each position, with 0 at masked positions.
 
-        Class weights and the temperature have no positions, so their gradients are summed over the positions.
+        Class weights and a scalar temperature have no positions, so their gradients are summed over the positions. The
+        gradient by a temperature of each position is summed over the classes, if it has a class axis.
         """
         gradients = jax.tree.map(lambda gradient: only(inputs.mask, gradient), gradients)
         class_weight, temperature = gradients.class_weight, gradients.temperature
         if class_weight is not None:
             class_weight = jnp.sum(class_weight, tuple(a for a in range(class_weight.ndim) if a != self.axis))
         if temperature is not None:
-            temperature = jnp.sum(temperature)
+            by_position = known(inputs.temperature).ndim > 0
+            temperature = jnp.sum(temperature, self.axis, keepdims=True) if by_position else jnp.sum(temperature)
         return gradients.replace(class_weight=class_weight, temperature=temperature)
+
+
+def as_row(temperature: Float[Array, ""] | Row | None, inputs: RowInputs) -> Row | None:
+    """The temperature, or its tangent, as a row array; None for None."""
+    if temperature is None:
+        return None
+    temperature = temperature.astype(inputs.dtype)
+    return temperature if temperature.ndim else temperature.reshape((1,) * known(inputs.logits).ndim)
 
 
 def known_labels(inputs: RowInputs) -> Labels:

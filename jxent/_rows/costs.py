@@ -14,6 +14,9 @@ The statistics that have gradients are costs too. No coefficient multiplies them
     log_normalizer   m + log_z
     entropy          the sum of p[j] (-log p[j])
 
+A temperature T divides x - m, so its gradient is -1 / T times the sum of z[j] (gradient by z[j]). Only the normalizer
+does not depend on x - m alone. Its sum is that of p[j] (z[j] + m / T).
+
 A cost takes no coefficient. Weights, smoothing and the mean's denominator are plain JAX outside of the rule, and have
 their true gradients. In the forward pass a cost writes no array of the logits' size. The backward pass writes the
 gradient by the logits. Each gradient by class weights or by probability labels may write one more array of that size.
@@ -102,6 +105,23 @@ class Cost(abc.ABC):
         """The gradient by the class weight, of each position, for `Passes.map`; None for 0."""
         return None
 
+    def rows_of_z(self, passes: Passes, rows: Any) -> Any:
+        """The row arrays of `rows` that `times_z` takes, and others that it needs."""
+        del passes
+        return rows
+
+    @abc.abstractmethod
+    def times_z(self, c: Class, rows: Any) -> Array:
+        """The gradient by z times z, for `Passes.sum`, without the part that `label_times_z` has.
+
+        The sum over the classes is the gradient by the temperature, times minus the temperature.
+        """
+
+    def label_times_z(self, passes: Passes, rows: Any) -> Row | None:
+        """The rest of that sum, of the classes of this shard; None for 0. It takes the `rows` of `gradient`."""
+        del passes, rows
+        return None
+
     @abc.abstractmethod
     def tangent(self, passes: Passes, kept: Row | None, moved: Moved) -> Row:
         """The tangent of the cost, from the tangents of the arrays in `Arrays.moving`."""
@@ -148,6 +168,11 @@ class TargetCost(Cost):
     def gradient(self, c: Class, rows: tuple[Row, targets.Sums | None]) -> Array:
         cotangent, sums = rows
         return cotangent * targets.gradient(c, self.share(c), sums)
+
+    def times_z(self, c: Class, rows: tuple[Row, targets.Sums | None]) -> Array:
+        # Where A p[j] - a[j] cancels because p[j] is near 1, z is 0.
+        cotangent, sums = rows
+        return cotangent * (known(sums).all * c.p - self.share(c)) * c.held_z
 
     def to_class_weight(self, c: Class, rows: tuple[Row, targets.Sums | None]) -> Array | None:
         share = self.unweighted(c)
@@ -199,6 +224,12 @@ class SquaredNormalizer(Cost):
     def gradient(self, c: Class, rows: Row) -> Array:
         return rows * c.p
 
+    def rows_of_z(self, passes: Passes, rows: Row) -> tuple[Row, Row]:
+        return rows, passes.top()
+
+    def times_z(self, c: Class, rows: tuple[Row, Row]) -> Array:
+        return normalizer_times_z(c, rows)
+
     def tangent(self, passes: Passes, kept: Row | None, moved: Moved) -> Row:
         return 2 * known(kept) * moved.log_normalizer
 
@@ -228,6 +259,15 @@ class LogProb(Cost):
     def gradient(self, c: Class, rows: Any) -> Array:
         return self.label.gradient(c, rows)
 
+    def rows_of_z(self, passes: Passes, rows: Any) -> Any:
+        return self.label.rows_of_z(passes, rows)
+
+    def times_z(self, c: Class, rows: Any) -> Array:
+        return self.label.times_z(c, rows)
+
+    def label_times_z(self, passes: Passes, rows: Any) -> Row | None:
+        return self.label.label_times_z(passes, rows)
+
     def to_label(self, c: Class, rows: Any) -> Array | None:
         return self.label.to_label(c, rows)
 
@@ -248,6 +288,12 @@ class LogNormalizer(Cost):
 
     def gradient(self, c: Class, rows: Row) -> Array:
         return rows * c.p
+
+    def rows_of_z(self, passes: Passes, rows: Row) -> tuple[Row, Row]:
+        return rows, passes.top()
+
+    def times_z(self, c: Class, rows: tuple[Row, Row]) -> Array:
+        return normalizer_times_z(c, rows)
 
     def tangent(self, passes: Passes, kept: Row | None, moved: Moved) -> Row:
         return moved.log_normalizer
@@ -273,10 +319,28 @@ class Entropy(Cost):
         cotangent, distance = rows
         return cotangent * (c.p_below() - distance * c.p)
 
+    def times_z(self, c: Class, rows: tuple[Row, Row]) -> Array:
+        # The sum of p[j] z[j] (z[j] + D) has terms of both signs. With z[j] + D as the other factor it has one sign.
+        cotangent, distance = rows
+        from_mean = c.held_z + distance
+        return -cotangent * (c.p * from_mean * from_mean)
+
     def tangent(self, passes: Passes, kept: Row | None, moved: Moved) -> Row:
-        if known(passes.arrays.moving).logits is None:
+        if not known(passes.arrays.moving).z:
             return jnp.zeros_like(moved.log_z)
+        if passes.arrays.temperature is not None:  # again with both factors less their means
+            of_rows = known(kept), moved.log_z
+            return passes.sum(lambda c, d, dlog_z: -c.p * (c.held_z + d) * (c.dz - dlog_z), *of_rows)
         return passes.sum(lambda c: c.p_below() * c.dz) - known(kept) * moved.log_z
+
+
+def normalizer_times_z(c: Class, rows: tuple[Row, Row]) -> Array:
+    """`Cost.times_z` of a cost with the gradient cotangent * p[j]; `rows` are (cotangent, m / temperature).
+
+    A loss that depends on the normalizer also depends on m / temperature. That is added to each z, as p sums to 1.
+    """
+    cotangent, top = rows
+    return cotangent * (c.p * (c.held_z + top))
 
 
 STATISTICS: dict[str, Cost] = {"log_normalizer": LogNormalizer(), "entropy": Entropy()}

@@ -12,6 +12,8 @@ known, its class can be left out instead of the maximum's. With d = x[t] - m,
     log_z = log1p(sum over j != t of exp(x[j] - m) + expm1(d))
 
 Then the loss log_z - d is as exact, although log_z alone is not. This form saves one pass over the logits.
+
+A temperature divides x - m everywhere, and m in log_normalizer = m / temperature + log_z.
 """
 
 from collections.abc import Sequence
@@ -26,7 +28,7 @@ from jaxtyping import Int
 from jxent._core.forward_mode import linear, mapped_with
 from jxent._core.shards import AxisNames, class_offset, each_shards_own, largest, shards_of, shared_cotangent
 from jxent._rows.passes import Arrays, Class, Logits, Moving, Passes, Row
-from jxent._rows.terms import below_top_of_exponentials, confident, rounded
+from jxent._rows.terms import below_top_of_exponentials, centered, confident, rounded
 
 
 class Normalizer(NamedTuple):
@@ -38,10 +40,11 @@ class Normalizer(NamedTuple):
     exp: Logits | None  # exp(x - m), of the logits' shape, except 0 at a label that is left out
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4, 5, 6))
+@partial(jax.custom_jvp, nondiff_argnums=(3, 4, 5, 6, 7))
 def normalizer(
     logits: Logits,
     label: tuple[Int[Array, "*row"], Row] | None,
+    temperature: Row | None,
     axis: tuple[int, ...],
     cap: float | None,
     dtype: jnp.dtype,
@@ -59,7 +62,7 @@ def normalizer(
     empty = row_max == -jnp.inf
     row_max = jnp.where(empty, 0, row_max)
     passes = Passes(
-        arrays=Arrays(logits=logits, row_max=row_max),
+        arrays=Arrays(logits=logits, row_max=row_max, temperature=temperature),
         axis=axis,
         dtype=dtype,
         softcap=cap,
@@ -77,19 +80,20 @@ def normalizer(
         rest = jnp.where(everything < 1.5, below, everything - 1)
     empty &= rest == rest  # a maximum over shards may ignore NaN
     log_z = jnp.log1p(jnp.where(empty, 0, rest))
-    m = row_max if cap is None else cap * jnp.tanh(row_max / cap)
+    m = passes.top()
     log_normalizer = jnp.where(m == jnp.inf, jnp.inf, m + log_z)  # where log_z is NaN
     log_normalizer = jnp.where(empty, -jnp.inf, log_normalizer)
     # `jax.vmap` would otherwise take these values as shared by the shards and their tangents as not shared.
     shards = shards_of(axis_name)
     row_max, log_z, log_normalizer = each_shards_own((row_max, log_z, log_normalizer), shards, class_offset(shards, 1))
     row = Normalizer(row_max=row_max, log_z=log_z, log_normalizer=log_normalizer, exp=passes.arrays.exp)
-    return mapped_with(row, (logits, label))
+    return mapped_with(row, (logits, label, temperature))
 
 
 # With dz[j] = dx[j] - dm, d log_z = sum of p[j] dz[j]. Any dm is right, because a shift of all logits changes no
 # probability. If the largest logit has p of 2/3 or more, dm is the tangent of that logit (`terms.centered`). Otherwise
-# dm is 0, which adds no terms that cancel. These sums are a `linear` map, so that XLA:CPU fuses each into one pass.
+# dm is 0, which adds no terms that cancel. With a temperature T, dz[j] is (dx[j] - dm - z[j] dT) / T. These sums are a
+# `linear` map, so that XLA:CPU fuses each into one pass.
 @normalizer.defjvp
 def _normalizer_jvp(
     axis: tuple[int, ...],
@@ -103,36 +107,61 @@ def _normalizer_jvp(
     out = normalizer(*primals, axis, cap, dtype, save_exp, axis_name)
     shards = shards_of(axis_name)
 
-    def passes_of(logits: Logits, row_max: Row, log_z: Row, moving: Moving | None = None) -> Passes:
-        arrays = Arrays(logits=logits, row_max=row_max, log_z=log_z, moving=moving)
+    def passes_of(residuals: Sequence[Array], moving: Moving | None = None) -> Passes:
+        logits, row_max, log_z, *temperature = residuals
+        arrays = Arrays(
+            logits=logits,
+            row_max=row_max,
+            log_z=log_z,
+            temperature=temperature[0] if temperature else None,
+            moving=moving,
+        )
         return Passes(arrays=arrays, axis=axis, dtype=dtype, softcap=cap, axis_name=axis_name, previous=log_z)
 
     def apply(residuals: Sequence[Array], directions: Sequence[Array]) -> Sequence[Array]:
-        logits, row_max, log_z = residuals
-        sure, (dlogits,) = confident(log_z), directions
-        passes = passes_of(logits, row_max, log_z, Moving(logits=dlogits))
+        row_max, log_z = residuals[1:3]
+        sure, moving = confident(log_z), Moving(logits=directions[0], temperature=_second(directions))
+        passes = passes_of(residuals, moving)
         drow_max = passes.sum(lambda c, sure: sure * c.at_max * c.dlogit, sure)
-        passes.moving(Moving(logits=dlogits, reference=passes.dx_of(row_max, drow_max)))
+        passes.moving(moving._replace(reference=passes.dx_of(row_max, drow_max)))
         dlog_z = passes.sum(lambda c, sure: c.p * c.dz * (c.one - sure * c.at_max), sure)
         return [drow_max, dlog_z]
 
     def transpose(residuals: Sequence[Array], cotangents: Sequence[Array]) -> Sequence[Array]:
-        logits, row_max, log_z = residuals
+        logits, row_max, log_z, *temperature = residuals
         to_row_max, to_log_z = shared_cotangent(cotangents, shards)
-        passes = passes_of(logits, row_max, log_z)
+        passes = passes_of(residuals)
         others = passes.sum(lambda c, sure: c.p * (c.one - sure * c.at_max), confident(log_z))
-        at_top = to_row_max - passes.dx_of(row_max, to_log_z * others)
+        of_others = to_log_z * others / temperature[0] if temperature else to_log_z * others
+        at_top = to_row_max - passes.dx_of(row_max, of_others)
 
         def gradient(c: Class, sure: Row, to_log_z: Row, at_top: Row) -> Logits:
             return jnp.where(sure * c.at_max > 0, at_top.astype(logits.dtype), c.to_logit(c.p * to_log_z))
 
-        return [passes.map(gradient, confident(log_z), to_log_z, at_top)]
+        to_logits = passes.map(gradient, confident(log_z), to_log_z, at_top)
+        if not temperature:
+            return [to_logits]
+        to_temperature = -to_log_z * passes.share_of_sum(lambda c: c.p * c.held_z) / temperature[0]
+        shared = tuple(a for a, size in enumerate(temperature[0].shape) if size == 1)
+        return [to_logits, jnp.sum(to_temperature, shared, keepdims=True)]
 
-    residuals, directions = [primals[0], out.row_max, out.log_z], [tangents[0]]
+    (logits, _, temperature), (dlogits, _, dtemperature) = primals, tangents
+    residuals, directions = [logits, out.row_max, out.log_z], [dlogits]
+    if temperature is not None:
+        residuals, directions = [*residuals, temperature], [*directions, dtemperature]
     drow_max, dlog_z = linear(apply, transpose, residuals, directions, [out.row_max, out.log_z])
-    passes, dexp = passes_of(*residuals), None
+    passes, dexp = passes_of(residuals, Moving(temperature=_second(directions))), None
     if out.exp is not None:
-        dexp = out.exp * jax.jvp(passes.z_of, (primals[0], out.row_max), (tangents[0], drow_max))[1]
-    return out, Normalizer(
-        row_max=drow_max, log_z=dlog_z, log_normalizer=passes.dx_of(out.row_max, drow_max) + dlog_z, exp=dexp
-    )
+
+        def z_of(logits: Logits, row_max: Row, temperature: Row | None) -> Logits:
+            return centered(logits, row_max, out.log_z, temperature, cap, jnp.ones((), dtype))
+
+        dz = jax.jvp(z_of, (logits, out.row_max, temperature), (dlogits, drow_max, dtemperature))[1]
+        dexp = out.exp * dz
+    dtop = passes.dtop(passes.dx_of(out.row_max, drow_max))
+    return out, Normalizer(row_max=drow_max, log_z=dlog_z, log_normalizer=dtop + dlog_z, exp=dexp)
+
+
+def _second(arrays: Sequence[Array]) -> Array | None:
+    """The second array, of the temperature; None without a temperature."""
+    return arrays[1] if len(arrays) > 1 else None

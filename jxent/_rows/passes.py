@@ -57,6 +57,12 @@ class Moving(NamedTuple):
     q: Array | None = None
     weight: Array | None = None
     reference: Array | None = None  # a row array: the tangent of x at the largest logit
+    temperature: Array | None = None  # a row array
+
+    @property
+    def z(self) -> bool:
+        """Whether z has a tangent."""
+        return self.logits is not None or self.temperature is not None
 
 
 class Arrays(NamedTuple):
@@ -68,7 +74,8 @@ class Arrays(NamedTuple):
     exp: Array | None = None  # exp(x - m), if it is kept
     row_max: Array | None = None  # this and the rest are row arrays: the largest logit,
     log_z: Array | None = None  # log sum exp(x - m),
-    inverse_z: Array | None = None  # and exp(-log_z), given together with `exp`
+    inverse_z: Array | None = None  # and exp(-log_z), given together with `exp` or a temperature
+    temperature: Array | None = None  # a row array; None for 1
     moving: Moving | None = None
 
     @property
@@ -82,7 +89,7 @@ class Arrays(NamedTuple):
 class Class:
     """One class of every position, the argument of a term. Its properties are arrays that broadcast against the logits.
 
-    x is the logit after the softcap, m the largest x, and z = x - m.
+    x is the logit after the softcap, m the largest x, and z = x - m. With a temperature z = (x - m) / temperature.
     """
 
     arrays: Arrays
@@ -93,8 +100,14 @@ class Class:
 
     @cached_property
     def z(self) -> Array:
-        """x - m, 0 at the largest logit."""
-        return terms.centered(self._logit, self.arrays.row_max, self.arrays.log_z, self.softcap, self.one)
+        """x - m, divided by the temperature, and 0 at the largest logit."""
+        a = self.arrays
+        return terms.centered(self._logit, known(a.row_max), a.log_z, a.temperature, self.softcap, self.one)
+
+    @cached_property
+    def held_z(self) -> Array:
+        """z, except 0 for a masked class."""
+        return terms.held(self.z, self.one)
 
     @cached_property
     def exp_z(self) -> Array:
@@ -112,7 +125,8 @@ class Class:
 
     @cached_property
     def p(self) -> Array:
-        return jnp.exp(self.log_p) if self.arrays.exp is None else self._exp * known(self.arrays.inverse_z)
+        # With a temperature, z rounds once more. This product rounds once less than z - log_z.
+        return jnp.exp(self.log_p) if self.arrays.inverse_z is None else self.exp_z * self.arrays.inverse_z
 
     @cached_property
     def p_but_label(self) -> Array:
@@ -148,7 +162,8 @@ class Class:
         """
         if self.arrays.exp is not None:
             return lax.stop_gradient(terms.below_top_of_exponentials(self.arrays.exp, self.one))
-        return lax.stop_gradient(terms.below_top(self._logit, known(self.arrays.row_max), self.one))
+        row_max, temperature = known(self.arrays.row_max), self.arrays.temperature
+        return lax.stop_gradient(terms.below_top(self._logit, row_max, self.one, temperature))
 
     @property
     def at_max(self) -> Array:
@@ -173,8 +188,12 @@ class Class:
 
     @cached_property
     def dz(self) -> Array:
-        """The tangent of z: the tangent of x minus `Moving.reference`."""
-        return self.dx - known(known(self.arrays.moving).reference)
+        """The tangent of z: the tangent of x minus `Moving.reference`, and the share of the temperature."""
+        moving, temperature = known(self.arrays.moving), self.arrays.temperature
+        if temperature is None:
+            return self.dx - known(moving.reference)
+        dbelow = 0 * self.one if moving.logits is None else self.dx - known(moving.reference)
+        return terms.cooled(self.z, dbelow, temperature, moving.temperature, self.one)
 
     @property
     def dq(self) -> Array | None:
@@ -189,7 +208,7 @@ class Class:
         """
         moving, by_share = known(self.arrays.moving), terms.marginal(share, -self.log_p, self.one)
         tangents = []
-        if moving.logits is not None:
+        if moving.z:
             tangents.append((self.weighted(share) if weighted else share) * (dlog_z - self.dz))
         if dshare is not None:
             tangents.append((self.weighted(dshare) if weighted else dshare) * by_share)
@@ -217,6 +236,8 @@ class Class:
         """The gradient by the logit, in the logit's dtype, from the gradient by z. For `Passes.map`."""
         # Without positions the gradient is a constant, and its type would not say that it varies over the mesh.
         gradient = cast(gradient, varying(self.arrays.any))
+        if self.arrays.temperature is not None:
+            gradient = gradient / self.arrays.temperature
         if self.softcap is not None:
             gradient = terms.slope(self._logit.astype(gradient.dtype), self.softcap, gradient)
         return gradient if self.arrays.logits is None else gradient.astype(self.arrays.logits.dtype)
@@ -275,23 +296,52 @@ class Passes:
 
     def sum(self, term: Callable[..., Array], *rows: Any) -> Row:
         """The sum over the classes of ``term(c, *rows)``, a row array; the `rows` are row arrays too."""
+        return self._finished(self._sum_here(term, *rows))
+
+    def share_of_sum(self, term: Callable[..., Array], *rows: Any) -> Row:
+        """`sum` over the classes of this shard. Later passes do not wait for it, so that it may go unused."""
+        return unfused(self._sum_here(term, *rows))
+
+    def _sum_here(self, term: Callable[..., Array], *rows: Any) -> Row:
         classes = self._blockable()
 
         def sums(number: int, previous: Row | None, arrays: Arrays, *rows: Any) -> Row:
             return jnp.sum(self._block_sums(number, term, previous, arrays, *rows), self.axis, keepdims=True)
 
         operands = self.previous, self.arrays, *rows
-        return self._finished(by_platform(lambda backend: backend.blocks_of_sum(classes), sums, *operands))
+        return by_platform(lambda backend: backend.blocks_of_sum(classes), sums, *operands)
 
     def map(self, term: Callable[..., T], *rows: Any) -> T:
         """``term(c, *rows)``, one array or a tree of arrays."""
         c, rows = self._start(self.previous, self.arrays, *rows)
         return term(c, *rows)
 
-    def z_of(self, logit: Array, row_max: Array | None = None) -> Array:
-        """x - m of any logits of the positions; `row_max` replaces the largest logit if it is given."""
-        row_max, one = self.arrays.row_max if row_max is None else row_max, jnp.ones((), self.dtype)
-        return terms.centered(logit, row_max, self.arrays.log_z, self.softcap, one)
+    def z_of(self, logit: Array) -> Array:
+        """z of any logits of the positions."""
+        a, one = self.arrays, jnp.ones((), self.dtype)
+        return terms.centered(logit, known(a.row_max), a.log_z, a.temperature, self.softcap, one)
+
+    def dz_of(self, logit: Array | None, dlogit: Array | None) -> Array:
+        """The tangent of z if the tangent of the logit is `dlogit`; None for 0. It needs `Moving.reference`."""
+        moving = known(self.arrays.moving)
+        still = jnp.zeros((), self.dtype)
+        dbelow = still if dlogit is None else self.dx_of(logit, dlogit) - known(moving.reference)
+        if self.arrays.temperature is None:
+            return dbelow
+        one = jnp.ones((), self.dtype)
+        return terms.cooled(self.z_of(known(logit)), dbelow, self.arrays.temperature, moving.temperature, one)
+
+    def top(self) -> Row:
+        """m, divided by the temperature."""
+        m = terms.capped(known(self.arrays.row_max), self.softcap)
+        return m if self.arrays.temperature is None else m / self.arrays.temperature
+
+    def dtop(self, dx: Row) -> Row:
+        """The tangent of `top` if the tangent of m is `dx`."""
+        moving, temperature = known(self.arrays.moving), self.arrays.temperature
+        if temperature is None:
+            return dx
+        return terms.cooled(self.top(), dx, temperature, moving.temperature, jnp.ones((), self.dtype))
 
     def dx_of(self, logit: Array | None, dlogit: Array) -> Array:
         """The tangent of x if the tangent of the logit is `dlogit`."""

@@ -50,11 +50,14 @@ def rounded_if_few(x: Array, one: Array) -> Array:
     return rounded(x, one) if few else x
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(3,))
-def centered(logits: Array, row_max: Array, log_z: Array | None, cap: float | None, one: Array) -> Array:
-    """x - m, in the dtype of `one`: exactly 0 at the largest logit `row_max`, if `log_z` is known.
+@partial(jax.custom_jvp, nondiff_argnums=(4,))
+def centered(
+    logits: Array, row_max: Array, log_z: Array | None, temperature: Array | None, cap: float | None, one: Array
+) -> Array:
+    """(x - m) / temperature, in the dtype of `one`: exactly 0 at the largest logit `row_max`, if `log_z` is known.
 
-    If `log_z` is None, the rounding of x is not forced in large arrays. The tangent takes `log_z` as well.
+    If `log_z` is None, the rounding of x is not forced in large arrays. The tangent takes `log_z` as well. A
+    `temperature` of None is 1. It divides x - m and not x, because x / temperature would round the offset.
 
     x is the logit, or cap * tanh(logit / cap). With a = row_max / cap and b = logit / cap,
 
@@ -65,12 +68,13 @@ def centered(logits: Array, row_max: Array, log_z: Array | None, cap: float | No
     x, row_max = logits.astype(one.dtype), row_max.astype(one.dtype)
     below = (rounded_if_few(x, one) if log_z is None else mapped_with(rounded(x, one), log_z)) - row_max
     if cap is None:
-        return below
+        return below if temperature is None else below / temperature
     scale = cap * one
     falling, rising = jnp.exp(-2 * one * (row_max / scale)), jnp.exp(2 * one * (x / scale))
     z = 2 * scale * jnp.expm1(2 * one * (below / scale)) / ((one + falling) * (one + rising))
     # The last term is 0, or -inf where x is -inf, so that a masked class stays masked.
-    return z + jnp.minimum(x * (0.25 * one) + most(one), 0 * one)
+    z = z + jnp.minimum(x * (0.25 * one) + most(one), 0 * one)
+    return z if temperature is None else z / temperature
 
 
 # If a class t has p of 2/3 or more, the tangent is dx[j] - dx[t]. With dx[j] alone, as for a constant maximum, sums of
@@ -78,12 +82,29 @@ def centered(logits: Array, row_max: Array, log_z: Array | None, cap: float | No
 # written 0 and not a difference, because gradients of the difference would add numbers that cancel.
 @centered.defjvp
 def _centered_jvp(cap: float | None, primals: Any, tangents: Any) -> tuple[Any, Any]:
-    logits, row_max, log_z, one = primals
-    z = centered(logits, row_max, log_z, cap, one)
+    logits, row_max, log_z, temperature, one = primals
+    z = centered(logits, row_max, log_z, temperature, cap, one)
     of_both = zip(primals[:2], tangents[:2], strict=True)
     dx, drow_max = (slope(a.astype(z.dtype), cap, da.astype(z.dtype)) for a, da in of_both)
-    at_top = confident(log_z) * (one - below_top(logits, row_max, one))
-    return z, (dx - drow_max) * (one - lax.stop_gradient(at_top))
+    at_top = confident(log_z) * (one - below_top(logits, row_max, one, temperature))
+    return z, cooled(z, (dx - drow_max) * (one - lax.stop_gradient(at_top)), temperature, tangents[3], one)
+
+
+def cooled(z: Array, dbelow: Array, temperature: Array | None, dtemperature: Array | None, one: Array) -> Array:
+    """The tangent of a quotient z by the temperature, from the tangents of both operands; None for 1, or for 0."""
+    if temperature is None:
+        return dbelow
+    return (dbelow if dtemperature is None else dbelow - held(z, one) * dtemperature) / temperature
+
+
+def held(z: Array, one: Array) -> Array:
+    """z, except 0 where it is -inf, or so large that products with it may be infinite.
+
+    There p is 0. With this z the product of both is 0, and so are its derivatives.
+    """
+    bound = most(one) * 2.0**-10
+    inside = jnp.maximum(jnp.minimum((bound + z) * most(one), one), 0 * one)
+    return jnp.maximum(z, -bound) * lax.stop_gradient(inside)
 
 
 def confident(log_z: Array) -> Array:
@@ -91,19 +112,26 @@ def confident(log_z: Array) -> Array:
     return lax.stop_gradient((log_z < math.log(1.5)).astype(log_z.dtype))
 
 
-def below_top(logits: Array, row_max: Array, one: Array) -> Array:
+def below_top(logits: Array, row_max: Array, one: Array, temperature: Array | None = None) -> Array:
     """0 at the largest logit `row_max`, 1 at logits at least log 2 below it, and a number from 0 to 1 between.
 
+    Distances are divided by the temperature.
     Callers use this where the largest logit has p of at least 2/3, and then no logit lies between. A comparison with
     `row_max` would depend on the last bit of the logits, which a compiler may compute twice with different rounding.
     """
     distance = row_max.astype(one.dtype) - logits.astype(one.dtype)
+    distance = distance if temperature is None else distance / temperature
     return jnp.minimum(jnp.maximum(16 * one * distance - 4 * one, 0 * one), one)
 
 
 def below_top_of_exponentials(exp: Array, one: Array) -> Array:
     """`below_top` from the exponentials exp(x - m), which are 1 at the largest logit."""
     return jnp.minimum(jnp.maximum(6 * one - 8 * one * exp, 0 * one), one)
+
+
+def capped(logits: Array, cap: float | None) -> Array:
+    """x, of a few logits."""
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
 def slope(logits: Array, cap: float | None, values: Array, one: float | Array = 1.0) -> Array:

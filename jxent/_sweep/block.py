@@ -45,7 +45,8 @@ class Inputs(NamedTuple):
     class_weight: Float[Array, " vocab"] | None = None  # see `RowInputs`
     mask: Bool[Array, "*positions"] | None = None  # False at masked positions
     class_offset: Int[Array, ""] | None = None  # see `RowInputs`
-    temperature: Float[Array, ""] | None = None  # see `RowInputs`; the fields below are those of P in a divergence
+    temperature: Float[Array, "*#positions"] | None = None  # a scalar, or one for each position; see `RowInputs`
+    # The fields below are those of P in a divergence.
     hidden_p: Float[Array, "*positions features_p"] | None = None
     kernel_p: Float[Array, "rows_p columns_p"] | None = None
     bias_p: Float[Array, " vocab"] | None = None
@@ -62,6 +63,12 @@ class Inputs(NamedTuple):
             arrays = arrays | {"labels": self.labels.with_array(arrays["labels"])}
         return self._replace(**arrays)
 
+    @property
+    def positional(self) -> tuple[str, ...]:
+        """The names of the fields that have the axes of the positions."""
+        by_position = self.temperature is not None and self.temperature.ndim > 0
+        return (*POSITIONAL, "temperature") if by_position else POSITIONAL
+
 
 class Swept(NamedTuple):
     """Results of a sweep for each position, as arrays of the positions' shape."""
@@ -74,7 +81,7 @@ Gradients = dict[str, Array]
 """Gradients by the names of the fields of `Inputs`."""
 
 POSITIONAL = ("hidden", "labels", "mask", "hidden_p")
-"""The fields of `Inputs` that have the axes of the positions."""
+"""The fields of `Inputs` that always have the axes of the positions."""
 
 
 class _Layer(NamedTuple):
@@ -131,12 +138,13 @@ def block_of(
     layer, layer_p = _layers(sweep, inputs, row_mask)
     logits, precision, objective = layer.logits(inputs.bias, sweep.precision), sweep.precision, sweep.objective
     labels = None if inputs.labels is None else inputs.labels.with_class_axis(logits.ndim - 1)
+    temperature, by_position = inputs.temperature, "temperature" in inputs.positional
     of_block = RowInputs(
         logits=logits,
         labels=labels,
         logits_p=None if layer_p is None else layer_p.logits(inputs.bias_p, precision),
         class_weight=inputs.class_weight,
-        temperature=inputs.temperature,
+        temperature=known(temperature)[..., None] if by_position else temperature,
         mask=row_mask,
         class_offset=inputs.class_offset,
     ).without_masked()  # masked hidden states are 0 above, but masked label probabilities may be NaN
@@ -171,7 +179,8 @@ def block_of(
                 gradients[name] = jnp.sum(terms, tuple(range(terms.ndim - 1)))
     if "labels" in wrt:
         gradients["labels"] = to_rows.labels.array
-    for name in ("class_weight", "temperature"):
-        if name in wrt:
-            gradients[name] = getattr(to_rows, name)
+    if "class_weight" in wrt:
+        gradients["class_weight"] = to_rows.class_weight
+    if "temperature" in wrt:
+        gradients["temperature"] = to_rows.temperature[..., 0] if by_position else to_rows.temperature
     return swept, gradients

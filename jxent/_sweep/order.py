@@ -51,10 +51,10 @@ def all_of(shape: tuple[Any, ...], room: int) -> Order:
     return Order(shape=shape, rows=rows, number=jnp.asarray(number, jnp.int32))
 
 
-def take(order: Order, rows: Int[Array, " block"], array: Array) -> Array:
-    """The given positions of an array, along the last axis of the positions; zeros for indices out of range."""
+def take(order: Order, rows: Int[Array, " block"], array: Array, fill: float = 0) -> Array:
+    """The given positions of an array, along the last axis of the positions; `fill` for indices out of range."""
     rest = array.shape[len(order.shape) :]
-    block = array.reshape(order.of_all, *rest).at[rows].get(mode="fill", fill_value=0, indices_are_sorted=True)
+    block = array.reshape(order.of_all, *rest).at[rows].get(mode="fill", fill_value=fill, indices_are_sorted=True)
     return block.reshape(*[1] * (len(order.shape) - 1), rows.size, *rest)
 
 

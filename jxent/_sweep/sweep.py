@@ -20,7 +20,7 @@ from jxent._core.forward_mode import in_one_piece
 from jxent._core.shards import AxisNames, cast, checked, largest, varying
 from jxent._objective.objective import RowInputs
 from jxent._sweep import order
-from jxent._sweep.block import POSITIONAL, Gradients, Inputs, Sweep, Swept, block_of
+from jxent._sweep.block import Gradients, Inputs, Sweep, Swept, block_of
 from jxent._sweep.blocks import Blocks, blocks_of, not_repeated, put, take
 
 Coefficients = dict[str, Array]
@@ -48,16 +48,19 @@ def _float16_scale(sweep: Sweep, inputs: Inputs, coefficients: Coefficients) -> 
     normalizer has a factor of 2 (m + log_z). With its `largest_gradient` of 2**6, this factor may be up to 2**10.
     """
     dtype, objective = compute_dtype(*(c.dtype for c in coefficients.values())), sweep.objective
+    temperature, by_position = inputs.temperature, "temperature" in inputs.positional
 
     def largest_of(name: str, coefficient: Array) -> Array:
+        if temperature is not None and by_position:
+            coefficient = coefficient / temperature.astype(dtype)
         size = jnp.max(jnp.abs(coefficient), initial=0).astype(dtype) * objective.largest_gradient(name)
         if inputs.class_weight is None or not objective.takes_class_weight(name, inputs.labels):
             return size
         return size * jnp.max(jnp.abs(inputs.class_weight)).astype(dtype)
 
     largest = jnp.max(jnp.stack([largest_of(*each) for each in coefficients.items()]))
-    if inputs.temperature is not None:
-        largest /= inputs.temperature.astype(dtype)
+    if temperature is not None and not by_position:
+        largest /= temperature.astype(dtype)
     least = 2.0**-100  # keeps the scale a normal number of float32, even if all weights are 0
     return jnp.where(largest < jnp.inf, jnp.maximum(largest, least), 1) / 2**12
 
@@ -145,10 +148,11 @@ def _swept(
     def block(part: dict[str, Any], weights: Coefficients) -> tuple[tuple[Swept, Gradients], Gradients]:
         """((costs of each position, their gradients), the gradients of arrays that all blocks share)."""
         out, gradients = block_of(sweep, wrt, backend, inputs._replace(**part), weights)
-        each = {name: finished(name, gradient) for name, gradient in gradients.items() if name in POSITIONAL}
-        return (out, each), {name: gradient for name, gradient in gradients.items() if name not in POSITIONAL}
+        each = {name: finished(name, gradient) for name, gradient in gradients.items() if name in positional}
+        return (out, each), {name: gradient for name, gradient in gradients.items() if name not in positional}
 
-    arrays = {name: getattr(inputs, name) for name in POSITIONAL}, coefficients
+    positional = inputs.positional
+    arrays = {name: getattr(inputs, name) for name in positional}, coefficients
     if blocks is None:
         (out, gradients), sums = _blocks_of_symbolic(shape, size, backend.least_step, in_step, block, arrays)
     elif blocks.number == 1:
@@ -212,7 +216,10 @@ def _by_rows(
     """The step of `order.by_blocks`, and the carry that it begins with."""
 
     def one_block(rows: Array) -> tuple[Any, Gradients]:
-        return block(*jax.tree.map(partial(order.take, positions, rows), arrays))
+        part, weights = jax.tree.map(partial(order.take, positions, rows), arrays)
+        if "temperature" in part:  # 1 instead of 0, so that nothing is divided by 0
+            part["temperature"] = order.take(positions, rows, arrays[0]["temperature"], fill=1)
+        return block(part, weights)
 
     traced_once = jax.jit(jax.checkpoint(one_block, prevent_cse=False), inline=True)
 
