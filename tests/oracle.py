@@ -73,6 +73,7 @@ class Terms(NamedTuple):
 
     keep: np.ndarray  # whether a position counts
     logits: np.ndarray
+    temperature: np.ndarray  # with a class axis; 1 where a position does not count
     masked: np.ndarray  # whether a class is, by a logit of -inf
     log_p: np.ndarray
     top: np.ndarray  # the maximum, and the rest of the log-normalizer
@@ -96,10 +97,11 @@ def terms(
     label_smoothing=0.0,
     z_loss_weight=0.0,
     logit_softcap=None,
+    temperature=1.0,
     log_probs=False,
     arithmetic=Float64,
 ):
-    """With `log_probs` they are what `logits` holds, as in `nll_loss`."""
+    """With `log_probs` they are what `logits` holds, as in `nll_loss`. A temperature broadcasts to the positions."""
     a = arithmetic
     x, labels = a.array(logits), np.asarray(labels)
     *positions, classes = x.shape
@@ -113,14 +115,15 @@ def terms(
     s = a.array(np.where(keep, 1 if sample_weight is None else sample_weight, 0))
 
     masked = x == -np.inf
-    x_capped = softcap(x, logit_softcap, a)
-    log_p, top, log_z = (x, zero, zero) if log_probs else normalized(x_capped, a)
+    divisor = a.array(np.where(keep, temperature, 1))[..., None]
+    cooled = softcap(x, logit_softcap, a) / divisor
+    log_p, top, log_z = (x, zero, zero) if log_probs else normalized(cooled, a)
     present = a.array(~masked)
     uniform = present / np.sum(present, -1, keepdims=True) * a.array(counts)
     share = (a.array(1) - label_smoothing) * q + label_smoothing * uniform
     loss = np.sum(times(w * share, -log_p), -1) + z_loss_weight * (top + log_z) ** 2 * a.array(keep)
     weight = np.sum(w * q, -1) if index else a.array(keep)
-    return Terms(keep, x, masked, log_p, top, log_z, q, w, share, s, loss, weight)
+    return Terms(keep, x, divisor, masked, log_p, top, log_z, q, w, share, s, loss, weight)
 
 
 def position_losses(logits, labels, **options):

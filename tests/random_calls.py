@@ -44,7 +44,9 @@ class Config(NamedTuple):
     label_smoothing: float = 0.0
     z_loss_weight: float = 0.0
     logit_softcap: float | None = None
-    traced: bool = False  # smoothing and z-loss as arrays
+    temperature: float = 1.0
+    by_position: bool = False  # the temperature, which is then drawn
+    traced: bool = False  # smoothing, z-loss and the temperature as arrays; there is a gradient by the last
     bias: bool = False
     block_size: int | None = None
     recompute: bool = False
@@ -66,6 +68,10 @@ class Config(NamedTuple):
     @property
     def number(self):
         return int(np.prod(self.positions))
+
+    @property
+    def cooled(self):
+        return self.temperature != 1 or self.by_position
 
 
 # --- values -----------------------------------------------------------------------------------------------------------
@@ -127,9 +133,20 @@ def draw(config, rng, cases):
     for name in ("bias", "class_weight", "sample_weight", "where"):
         if name in values:
             values[name] = in_common(name, values[name])
-    of_positions = ("logits", "hidden", "labels") if config.probabilities else ("logits", "hidden")
+    values |= temperatures(config, rng, (cases, n))
+    of_positions = ("logits", "hidden", "temperature") if config.by_position else ("logits", "hidden")
+    of_positions += ("labels",) if config.probabilities else ()
     of_positions = [name for name in of_positions if name != config.shared]
     return values | anything_elsewhere(rng, counts(config, values), values, of_positions)
+
+
+def temperatures(config, rng, shape):
+    """The temperature, if it is an array."""
+    if config.by_position:
+        return {"temperature": rng.uniform(0.5, 4, shape).astype(wide_of(config))}
+    if config.traced and config.temperature != 1:
+        return {"temperature": np.full(shape[0], config.temperature, wide_of(config))}
+    return {}
 
 
 def anything_elsewhere(rng, keep, values, names):
@@ -268,7 +285,7 @@ def call(config, values):
         options[name] = jnp.asarray(getattr(config, name), dtype) if config.traced else getattr(config, name)
     if "where" in values:
         options["where"] = values["where"].reshape(shape)
-    names = ("logits", "hidden", "kernel", "bias", "class_weight", "sample_weight")
+    names = ("logits", "hidden", "kernel", "bias", "class_weight", "sample_weight", "temperature")
     wanted = {name: values[name] for name in names if name in values}
     if config.probabilities:
         wanted["labels"] = values["labels"]
@@ -279,6 +296,10 @@ def call(config, values):
             given["class_weight"] = wanted["class_weight"]
         if "sample_weight" in wanted:
             given["sample_weight"] = wanted["sample_weight"].reshape(shape)
+        if "temperature" in wanted:
+            given["temperature"] = wanted["temperature"].reshape(shape if config.by_position else ())
+        elif config.temperature != 1:
+            given["temperature"] = config.temperature
         labels = wanted["labels"].reshape(*shape, -1) if config.probabilities else values["labels"].reshape(shape)
         if config.entries:
             labels = jxent.SparseLabels(values["indices"].reshape(*shape, -1), labels)
@@ -387,6 +408,7 @@ def _expected(config, values, a):
         label_smoothing=eps,
         z_loss_weight=z,
         logit_softcap=config.logit_softcap,
+        temperature=values["temperature"] if config.by_position else as_held(config, config.temperature),
         log_probs=config.function == "nll_loss",
         arithmetic=a,
     )
@@ -445,14 +467,24 @@ def _expected(config, values, a):
         scale = plain + 2 * z * lse_scale[..., None] * p
         lost = least * (1 + abs(ks) * (v + 2 * z * lse_scale[..., None]))  # a probability that is multiplied
         far = np.where(np.asarray(log_p, np.float64) < -64, 2.0, 1.0)
+        below = _below(t, config.logit_softcap, a)
         slope = one if u is None else 1 / a.cosh(u) ** 2
         if u is not None:
             far = far + np.asarray(abs(u), np.float64) * 2 * np.finfo(np.float32).eps / 5e-6
-        below = _below(t, config.logit_softcap, a)
         cotangents = {name: (g[name] * k)[..., None] for name in STATS}
         of_stats, scale_of_stats, lost_of_stats = _of_statistics(cotangents, t, p, not_p, near, below)
         dy, scale, lost = ks * dy + of_stats, abs(ks) * scale + scale_of_stats, lost + least * lost_of_stats
-        dy, scale = np.where(masked, 0 * one, dy * slope), np.where(masked, 0 * one, scale * slope)
+        dy, scale = np.where(masked, 0 * one, dy), np.where(masked, 0 * one, scale)
+        if "temperature" in values:
+            of_normalizer = ks * 2 * z * (lse * k)[..., None], cotangents["log_normalizer"]
+            of_position = _of_temperature(dy, scale, lost, below, t, p, of_normalizer, cotangents["entropy"])
+            if not config.by_position:
+                of_position = [np.sum(array, -1) for array in of_position]
+            value, by_scale, by_lost = of_position
+            by_far = np.max(far, -1) if config.by_position else np.max(far, (1, 2))
+            add("d temperature", value, by_scale, by_far, by_lost)
+        slope = slope / t.temperature
+        dy, scale, lost = dy * slope, scale * slope, lost / np.minimum(t.temperature, one)
         if config.linear:
             slack = float(np.max(far))
             back, transposed = np.swapaxes(hidden, 1, 2), np.swapaxes(kernel, 1, 2)
@@ -506,8 +538,25 @@ def _of_statistics(g, t, p, not_p, near, below):
     return gradient, scale, lost
 
 
+def _of_temperature(dy, scale, lost, below, t, p, of_normalizer, of_entropy):
+    """(gradient by the temperature, the magnitudes of its terms, what is lost) of each position.
+
+    A loss that depends on the log-normalizer m / T + log Z depends on m / T besides z.
+    """
+    top = t.top[..., None]
+    value = -np.sum(dy * -below, -1) - sum(np.sum(c * top, -1) for c in of_normalizer)
+    mean = np.sum(p * below, -1, keepdims=True)
+    # Of the entropy the sum is that of squares. Its terms, as elements of a gradient, may be larger.
+    variance = abs(of_entropy) * p * (below - mean) ** 2
+    terms = (scale - abs(of_entropy) * p * (below + mean)) * below + variance
+    terms = terms + sum(abs(c) * p * (below + abs(top)) for c in of_normalizer)
+    lost = np.sum(lost * (1 + below) ** 2 + lost * abs(top), -1)
+    divisor = t.temperature[..., 0]
+    return value / divisor, np.sum(terms, -1) / divisor, lost / divisor
+
+
 def _below(t, cap, a):
-    """m - x[j]. Of a soft cap that saturates it is no difference of two tanh, but sinh(r - s) / (cosh r cosh s)."""
+    """(m - x[j]) / T. With a soft cap it is sinh(r - s) / (cosh r cosh s), and no difference of two tanh."""
     zero = 0 * t.log_z[..., None]
     if cap is None:
         return np.where(t.masked, zero, -t.log_p - t.log_z[..., None])
@@ -515,7 +564,7 @@ def _below(t, cap, a):
     # The exponentials of all three, each without its smaller part, are those of r - s - |r| - |s|.
     larger = a.exp(2 * np.minimum(r, zero) - 2 * np.maximum(s, zero))
     smaller = -a.expm1(2 * (s - r)) / ((1 + a.exp(-2 * abs(r))) * (1 + a.exp(-2 * abs(s))))
-    return np.where(t.masked, zero, 2 * cap * larger * smaller)
+    return np.where(t.masked, zero, 2 * cap * larger * smaller / t.temperature)
 
 
 def _at_entries(config, values, array):
@@ -545,12 +594,13 @@ def as_held(config, value):
 
 
 def bound(config, name):
-    """The promised relative error."""
+    """The promised relative error; a temperature rounds z once more."""
     if config.dtype == "float64":
         return 1e-12
-    most = 5e-6 if config.logit_softcap is None else 5e-6 + 6e-7 * config.logit_softcap
+    most = 7e-6 if config.cooled else 5e-6
+    most += 0 if config.logit_softcap is None else 6e-7 * config.logit_softcap
     kind = jnp.finfo(config.dtype)
-    if name.startswith("d ") and kind.bits == 16 and name not in ("d class_weight", "d sample_weight"):
+    if name.startswith("d ") and kind.bits == 16 and name not in ("d class_weight", "d sample_weight", "d temperature"):
         roundings = 2 if name in ("d hidden", "d kernel") else 1  # of the logits' gradient, and at the end
         if config.linear and not config.backward_matmuls:
             # What was kept between the passes is multiplied by a cotangent, and that of statistics comes on top.

@@ -27,6 +27,7 @@ class Config(NamedTuple):
     dtype: str = "float32"
     beta: float | None = None  # for the Jensen-Shannon divergence
     temperature: float = 1.0
+    by_position: bool = False  # the temperature, which is then drawn
     traced: bool = False  # the temperature as an array, by which there is a gradient
     sample_weight: bool = False
     where: bool = False
@@ -53,14 +54,16 @@ def draw(config, rng, cases):
     """NumPy arrays of `cases` cases in the dtypes of the call, the class axis last: (cases, number, classes)."""
     values = _layers(config, rng, cases) if config.linear else _rows(config, rng, cases)
     shape, wide = (cases, config.number), calls.wide_of(config)
-    if config.traced:
+    if config.by_position:
+        values["temperature"] = rng.uniform(0.5, 4, shape).astype(wide)
+    elif config.traced:
         values["temperature"] = np.full(cases, config.temperature, wide)
     if config.sample_weight:
         values["sample_weight"] = (rng.uniform(0.25, 4, shape) * (rng.random(shape) < 0.9)).astype(wide)
     if config.where:
         values["where"] = rng.random(shape) < 0.7
     values["cotangent"] = rng.uniform(-2, 2, shape).astype(wide)
-    of_positions = ("logits_p", "logits_q", "hidden_p", "hidden_q")
+    of_positions = ("logits_p", "logits_q", "hidden_p", "hidden_q", *["temperature"] * config.by_position)
     return values | calls.anything_elsewhere(rng, counts(config, values), values, of_positions)
 
 
@@ -124,7 +127,9 @@ def call(config, values):
     wanted = {name: array for name, array in values.items() if name not in ("where", "cotangent", "right")}
 
     def divergence(wanted):
-        given = options | {"reduction": config.reduction, "temperature": wanted.get("temperature", config.temperature)}
+        temperature = wanted.get("temperature", config.temperature)
+        temperature = temperature.reshape(shape) if config.by_position else temperature
+        given = options | {"reduction": config.reduction, "temperature": temperature}
         if config.sample_weight:
             given["sample_weight"] = wanted["sample_weight"].reshape(shape)
         if not config.linear:
@@ -178,6 +183,8 @@ def _expected(config, values, a):
             logits = np.where(keep[..., None], logits, 0)
             x[side] = a.array(np.where(abs(logits) < tiny, 0, logits))  # XLA takes subnormal numbers for 0
     temperature = calls.as_held(config, config.temperature)
+    if config.by_position:
+        temperature = a.array(np.where(keep, values["temperature"], 1))[..., None]
     beta = "tv" if config.function.endswith("tv_distance") else config.beta
     of_row = oracle.divergence(x["p"], x["q"], temperature, beta, np.finfo(calls.wide_of(config)), a)
     far = np.where(_margins(x, temperature) > 64, 2.0, 1.0)
@@ -234,9 +241,10 @@ def _expected(config, values, a):
         )  # of an infinite divergence by its temperature
         terms = np.minimum(largest, size * of_side.terms) * abs(of_side.z)
         by_temperature.append((-dx * of_side.z, terms, lost * (1 + abs(of_side.z))))
-    if config.traced:
-        value, scale, lost = (np.sum(sum(parts), (1, 2)) for parts in zip(*by_temperature, strict=True))
-        add("d temperature", value, scale, np.max(far, -1), lost)
+    if "temperature" in values:
+        over = -1 if config.by_position else (1, 2)
+        value, scale, lost = (np.sum(sum(parts), over) for parts in zip(*by_temperature, strict=True))
+        add("d temperature", value, scale, far if config.by_position else np.max(far, -1), lost)
     return found
 
 
@@ -246,7 +254,9 @@ def _margins(x, temperature):
     for logits in x.values():
         ordered = np.sort(np.asarray(logits, np.float64), -1)
         second = ordered[..., -2] if ordered.shape[-1] > 1 else ordered[..., -1]
-        sides.append((ordered[..., -1] - second) / temperature)
+        sides.append(
+            (ordered[..., -1] - second) / np.asarray(temperature, np.float64).reshape(*np.shape(temperature)[:2])
+        )
     return np.maximum(*sides)
 
 
@@ -257,7 +267,7 @@ def bound(config, name):
     """The promised relative error; a temperature rounds z twice more."""
     if config.dtype == "float64":
         return 1e-12
-    most = 5e-6 if config.temperature == 1 else 9e-6
+    most = 5e-6 if config.temperature == 1 and not config.by_position else 9e-6
     kind = jnp.finfo(config.dtype)
     if name.startswith(("d logits", "d hidden", "d kernel")) and kind.bits == 16:
         kept = config.linear and config.dtype == "bfloat16" and config.reduction != "none" and not config.recompute

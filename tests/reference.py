@@ -36,18 +36,24 @@ def nll_loss(log_probs, labels, **options):
     return reduced(log_probs, 0.0, log_probs, labels, **options)
 
 
-def cross_entropy(logits, labels, *, logit_softcap=None, **options):
+def cross_entropy(logits, labels, *, logit_softcap=None, temperature=1.0, **options):
     x = logits if logit_softcap is None else logit_softcap * jnp.tanh(logits / logit_softcap)
+    x = cooled(x, temperature)
     return reduced(x, logsumexp(x), log_softmax(x), labels, **options)
 
 
+def cooled(logits, temperature):
+    """The logits divided by a number, or by one that broadcasts to the positions."""
+    return logits / (temperature[..., None] if jnp.ndim(temperature) else temperature)
+
+
 def kl_divergence(logits_p, logits_q, *, temperature=1.0, **options):
-    log_p, log_q = log_softmax(logits_p / temperature), log_softmax(logits_q / temperature)
+    log_p, log_q = (log_softmax(cooled(x, temperature)) for x in (logits_p, logits_q))
     return weighed(_kl(log_p, log_q), **options)
 
 
 def js_divergence(logits_p, logits_q, *, beta=0.5, temperature=1.0, **options):
-    log_p, log_q = log_softmax(logits_p / temperature), log_softmax(logits_q / temperature)
+    log_p, log_q = (log_softmax(cooled(x, temperature)) for x in (logits_p, logits_q))
     log_m = jnp.logaddexp(log_p + jnp.log(beta), log_q + jnp.log(1 - beta))
     return weighed(beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m), **options)
 

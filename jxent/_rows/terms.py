@@ -102,7 +102,7 @@ def held(z: Array, one: Array) -> Array:
 
     There p is 0. With this z the product of both is 0, and so are its derivatives.
     """
-    bound = most(one) * 2.0**-10
+    bound = most(one) * 2.0**-6
     inside = jnp.maximum(jnp.minimum((bound + z) * most(one), one), 0 * one)
     return jnp.maximum(z, -bound) * lax.stop_gradient(inside)
 
