@@ -29,6 +29,7 @@ def main():
         "where": np.array([[True, True, False], [True, False, True]]),
     }
     costs = {"label_smoothing": 0.1, "z_loss_weight": 0.01, "logit_softcap": 30.0, "return_stats": True}
+    costs["temperature"] = np.array([[0.5], [2.0]])
     of_positions = {"sample_weight": weights["sample_weight"], "where": weights["where"]}
     calls = []
     for of_kind in (labels, q, sparse):
@@ -47,7 +48,7 @@ def main():
     for divergence in ("kl_divergence", "js_divergence", "tv_distance"):
         of_logits, linear = getattr(jxent, divergence), getattr(jxent, f"linear_{divergence}")
         calls += [
-            (lambda p, q, f=of_logits: f(p, q, temperature=2.0, **of_positions), (logits, logits[::-1])),
+            (lambda p, q, f=of_logits: f(p, q, temperature=[[0.5], [2.0]], **of_positions), (logits, logits[::-1])),
             (lambda h, w, f=linear: f(h, w, h[::-1], w, block_size=2, **of_positions), (hidden, kernel)),
         ]
     calls += [

@@ -48,6 +48,7 @@ ARRAYS |= {
     "kernel_p": 0.5 * RNG.normal(size=(VOCAB, 16)),  # with the vocabulary first
     "bias_p": RNG.normal(size=VOCAB),
     "temperature": np.array(1.5),
+    "temperatures": np.linspace(0.7, 1.6, BATCH)[:, None],  # of sequences
 }
 ARRAYS["logits_p"] = ARRAYS["hidden_p"] @ ARRAYS["kernel_p"].T
 COTANGENTS = RNG.normal(size=(BATCH, LENGTH))
@@ -61,12 +62,13 @@ def weighed(losses, cotangents):
     return jnp.sum(losses * cotangents) if losses.ndim else losses
 
 
-def logits_loss(logits, labels, class_weight=None, sample_weight=None, **options):
-    return jxent.cross_entropy(logits, labels, class_weight=class_weight, sample_weight=sample_weight, **options)
+def logits_loss(logits, labels, class_weight=None, sample_weight=None, temperature=1.0, **options):
+    weights = {"class_weight": class_weight, "sample_weight": sample_weight, "temperature": temperature}
+    return jxent.cross_entropy(logits, labels, **weights, **options)
 
 
-def linear_loss(hidden, kernel, labels, bias=None, class_weight=None, sample_weight=None, **options):
-    weights = {"bias": bias, "class_weight": class_weight, "sample_weight": sample_weight}
+def linear_loss(hidden, kernel, labels, bias=None, class_weight=None, sample_weight=None, temperature=1.0, **options):
+    weights = {"bias": bias, "class_weight": class_weight, "sample_weight": sample_weight, "temperature": temperature}
     return jxent.linear_cross_entropy(hidden, kernel, labels, block_size=BLOCK, **weights, **options)
 
 
@@ -105,13 +107,14 @@ LINEAR = ("hidden", "kernel", "labels", "bias", "class_weight", "sample_weight")
 SPARSE = ("indices", "shares")
 PAIR = ("logits_p", "logits", "temperature", "sample_weight")
 LINEAR_PAIR = ("hidden_p", "kernel_p", "hidden", "kernel", "bias_p", "bias", *PAIR[2:])
+BY_SEQUENCE = (*LINEAR_PAIR[:6], "temperatures", "sample_weight")
 # name: (loss, the names of its arguments, options)
 CALLS = {
     "cross_entropy": (logits_loss, LOGITS[:2], {}),
     "cross_entropy-all": (logits_loss, LOGITS, SMOOTH),
     "cross_entropy-probabilities": (logits_loss, ("logits", "probabilities", *LOGITS[2:]), SMOOTH),
     "cross_entropy-none": (logits_loss, LOGITS, {"reduction": "none"}),
-    "cross_entropy-stats": (partial(with_stats, logits_loss), LOGITS[:2], {}),
+    "cross_entropy-stats": (partial(with_stats, logits_loss), (*LOGITS, "temperatures"), {}),
     "nll_loss": (of_log_probs, LOGITS[:3], {}),
     "nll_loss-probabilities": (of_log_probs, ("logits", "probabilities", "class_weight"), {}),
     "cross_entropy-sparse": (partial(of_sparse, logits_loss), ("logits", *SPARSE, *LOGITS[2:]), SMOOTH),
@@ -122,15 +125,18 @@ CALLS = {
     "linear": (linear_loss, LINEAR[:3], {}),
     "linear-all": (linear_loss, LINEAR, SMOOTH),
     "linear-probabilities": (linear_loss, ("hidden", "kernel", "probabilities", *LINEAR[3:]), SMOOTH),
-    "linear-recompute": (linear_loss, LINEAR, {"recompute": True, **SMOOTH}),
+    "linear-recompute": (linear_loss, (*LINEAR, "temperatures"), {"recompute": True, **SMOOTH}),
     "linear-none": (linear_loss, LINEAR, {"reduction": "none", **SMOOTH}),
     "linear-stats": (partial(with_stats, linear_loss), LINEAR, SMOOTH),
-    "linear-none-stats": (partial(with_stats, linear_loss), LINEAR, {"reduction": "none", **SMOOTH}),
+    "linear-none-stats": (
+        *(partial(with_stats, linear_loss), (*LINEAR, "temperature")),
+        {"reduction": "none", **SMOOTH},
+    ),
     "kl": (partial(divergence, jxent.kl_divergence), PAIR, {}),
     "js-none": (partial(divergence, jxent.js_divergence), PAIR, {"beta": 0.3, "reduction": "none"}),
     "tv": (partial(divergence, jxent.tv_distance), PAIR, {}),
     "linear-kl": (partial(linear_divergence, jxent.linear_kl_divergence), LINEAR_PAIR, {}),
-    "linear-js-none": (partial(linear_divergence, jxent.linear_js_divergence), LINEAR_PAIR, {"reduction": "none"}),
+    "linear-js-none": (partial(linear_divergence, jxent.linear_js_divergence), BY_SEQUENCE, {"reduction": "none"}),
     "linear-tv": (partial(linear_divergence, jxent.linear_tv_distance), LINEAR_PAIR, {}),
 }
 DIVERGENCES = ("kl", "js-none", "tv", "linear-kl", "linear-js-none", "linear-tv")

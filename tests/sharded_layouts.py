@@ -66,7 +66,7 @@ def specs_of(layout):
         **{"logits": logits, "probabilities": logits, "bias": P(vocab), "class_weight": P(vocab)},
         **{"indices": positions, "shares": positions},
         **{"hidden_p": hidden, "kernel_p": P(*kernel[::-1], *[None] * (2 - len(kernel))), "bias_p": P(vocab)},
-        **{"logits_p": logits, "temperature": P()},
+        **{"logits_p": logits, "temperature": P(), "temperatures": P(positions[0] if positions else None)},
     }
 
 

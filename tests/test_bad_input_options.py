@@ -10,6 +10,8 @@ from bad_calls import (
     LINEAR,
     LOSSES,
     STATIC,
+    C,
+    N,
     assert_raises,
     each_row,
     flag_rows,
@@ -70,6 +72,7 @@ def cross_entropy_rows(function):
             ),
         )
         + flag_rows(function, "return_stats")
+        + temperature_rows(function)
     )
 
 
@@ -102,7 +105,16 @@ def sweep_rows(function):
 
 def temperature_rows(function):
     values = (0, -1.0, float("nan"), float("inf"), 1e-46, 1e-38, 1e39)
-    return scalar_rows(function, "temperature", "must be finite and positive", values)
+    rows = scalar_rows(function, "temperature", "must be finite and positive", values)
+    return [row for row in rows if row.what != "vector"] + rows_of(
+        function,
+        "temperature",
+        ("of-classes", floats(N, C), ValueError, "must broadcast to the positions", rf"got shape \({N}, {C}\)"),
+        ("of-others", floats(N + 1), ValueError, "must broadcast to the positions", rf"got shape \({N + 1},\)"),
+        ("integers", jnp.ones((N, 1, 1), int), ValueError, "must broadcast to the positions"),
+        ("flags", jnp.ones(N, bool), TypeError, "must be floating point", "got bool"),
+        ("list", ["warm"], TypeError, "must be an array", "got .*warm"),
+    )
 
 
 def beta_rows(function):

@@ -20,7 +20,7 @@ linear = jxent.linear_cross_entropy
 
 
 def with_entropy(h, w, b, c, t, y, q):
-    loss, stats = linear(h, w, y, bias=b, class_weight=c, return_stats=True)
+    loss, stats = linear(h, w, y, bias=b, class_weight=c, temperature=t, return_stats=True)
     return loss + stats.entropy.mean()
 
 
@@ -32,7 +32,7 @@ LOSSES = {
     "linear, recompute": lambda h, w, b, c, t, y, q: linear(h, w, y, bias=b, reduction="sum", recompute=True),
     "linear, statistics": with_entropy,
     "linear KL": lambda h, w, b, c, t, y, q: jxent.linear_kl_divergence(h, w, h, w + 1, bias_p=b, temperature=t),
-    "cross_entropy": lambda h, w, b, c, t, y, q: jxent.cross_entropy(h @ w, y, class_weight=c),
+    "cross_entropy": lambda h, w, b, c, t, y, q: jxent.cross_entropy(h @ w, y, class_weight=c, temperature=t),
     "cross_entropy of probabilities": lambda h, w, b, c, t, y, q: jxent.cross_entropy(h @ w, q, class_weight=c),
     "nll_loss": lambda h, w, b, c, t, y, q: jxent.nll_loss(jxent.log_softmax(h @ w), y, class_weight=c),
     "kl_divergence": lambda h, w, b, c, t, y, q: jxent.kl_divergence(q, h @ w, temperature=t),

@@ -124,12 +124,12 @@ ROWS = (
     ("beta jsd_beta", "beta", "logits_p: js_divergence has it", "hidden_p: linear_js_divergence has it"),
     ("weight_hard_loss weight_soft_loss compute_ce_loss", *ADDED),
     (
-        *("temperature tau", "temperature", "hidden: divide hidden and bias by it, in float32"),
-        *("logits: divide the logits by it", "log_probs: divide the logits by it, before log_softmax"),
+        *("temperature tau", "temperature", "logits: divide the logits by it"),
+        "log_probs: divide the logits by it, before log_softmax",
     ),
     (
-        *("logit_scale", "temperature: temperature is 1 / logit_scale", "hidden: multiply hidden and bias by it"),
-        *("logits: multiply the logits by it", "log_probs: multiply the logits by it, before log_softmax"),
+        *("logit_scale", "temperature: temperature is 1 / logit_scale", "logits: multiply the logits by it"),
+        "log_probs: multiply the logits by it, before log_softmax",
     ),
     # labels
     ("target targets y_true", "labels", "logits_p"),
