@@ -57,8 +57,9 @@ def _full(
 def _cast_alike(options: Options, inputs: Inputs, coefficients: Coefficients) -> tuple[Inputs, Coefficients]:
     """(inputs, coefficients), as `cast_alike` casts them."""
     of_classes = inputs._asdict()
-    labels, mask = of_classes.pop("labels"), of_classes.pop("mask")
-    labels, of_classes, (mask, coefficients) = cast_alike(
-        options.objective.shards, labels, of_classes, (mask, coefficients)
+    names = ("mask",) if options.objective.temperature_gradient_is_a_share else ("mask", "temperature")
+    labels, of_positions = of_classes.pop("labels"), {name: of_classes.pop(name) for name in names}
+    labels, of_classes, (of_positions, coefficients) = cast_alike(
+        options.objective.shards, labels, of_classes, (of_positions, coefficients)
     )
-    return Inputs(labels=labels, mask=mask, **of_classes), coefficients
+    return Inputs(labels=labels, **of_positions, **of_classes), coefficients

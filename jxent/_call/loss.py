@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from jxent._call.options import Options, Weights
 from jxent._call.placement import CLASSES, Placement, placed
 from jxent._call.positions import Positions, coefficients_of, denominator, number, positions_of, reduced
-from jxent._core.shards import cast_alike, not_reduced, sharded_like
+from jxent._core.shards import not_reduced, sharded_like
 from jxent._core.weights import only, weigh
 from jxent._labels.labels import Labels
 from jxent._objective.objective import RowInputs
@@ -122,8 +122,7 @@ def _row_inputs(
     inputs = objective.reported(options.function, options.argument, mask, inputs)
     labels = None if inputs.labels is None else inputs.labels.with_class_axis(axis)
     mask = None if mask is None else jnp.expand_dims(mask, axis)
-    labels, inputs, mask = cast_alike(objective.shards, labels, inputs.replace(labels=None), mask)
-    return inputs.replace(labels=labels, mask=mask, class_offset=positions.class_offset)
+    return objective.cast_alike(inputs.replace(labels=labels, mask=mask, class_offset=positions.class_offset))
 
 
 def with_stats(

@@ -97,6 +97,14 @@ def shared_cotangent(cotangents: T, shards: Shards) -> T:
     return jax.tree.map(lambda c: total(c, axes(c)), cotangents)
 
 
+def gradient_of_copies(share: Array, shards: Shards) -> Array:
+    """The gradient by an array of which every shard has a copy, from this shard's share of the gradient.
+
+    It is the sum of the shares if types say that the copies are equal. Otherwise each copy has its own gradient.
+    """
+    return total(share, shards.axis_name) if shards.checked else share
+
+
 # --- the types of arrays ----------------------------------------------------------------------------------------------
 
 

@@ -51,9 +51,10 @@ def on_each_device(
     shares = {"hidden", "hidden_p"}  # each shard of the classes has a share (one term of the sum) of these
     if inputs.labels is not None and inputs.labels.gradient_is_a_share:
         shares.add("labels")
-    if "temperature" in inputs.positional:
+    if sweep.objective.temperature_gradient_is_a_share:
         shares.add("temperature")
-    return out, {name: _over_devices(sweep, plan, shares, name, each) for name, each in gradients.items()}
+    positional = inputs.positional
+    return out, {name: _over_devices(sweep, plan, shares, positional, name, each) for name, each in gradients.items()}
 
 
 def axes_in_step(shards: Shards, *axes: AxisNames | None) -> AxisNames | None:
@@ -69,16 +70,16 @@ def axes_in_step(shards: Shards, *axes: AxisNames | None) -> AxisNames | None:
     return tuple(dict.fromkeys(a for names in (shards.axis_name, *known) for a in names)) if shards.axis_name else ()
 
 
-def _over_devices(sweep: Sweep, plan: Layout, shares: Container[str], name: str, gradient: Array) -> Array:
+def _over_devices(
+    sweep: Sweep, plan: Layout, shares: Container[str], positional: Container[str], name: str, gradient: Array
+) -> Array:
     """The sum of a gradient over the devices that have a share of it; each device keeps its own part of the sum.
 
     The type of an array may say that the caller sums its gradient over some axes. The sum here leaves out these axes.
     """
-    if name == "labels" and name not in shares:
+    if name in positional and name not in shares:
         return gradient
-    axes = plan.axes["v"] if name in shares else plan.positions
-    if name == "temperature" and name not in shares:
-        axes = (*plan.axes["v"], *plan.positions)
+    axes = (*(plan.axes["v"] if name in shares else ()), *(() if name in positional else plan.positions))
     kernels = {"kernel": (sweep.vocab_axis, ""), "kernel_p": (sweep.vocab_axis_p, "p")}
     if name in kernels:
         vocab_axis, suffix = kernels[name]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jxent._core.indexing import at_index
-from jxent._core.shards import Shards
+from jxent._core.shards import Shards, gradient_of_copies
 from jxent._core.weights import along, is_used
 from jxent._labels.labels import Labels
 from jxent._objective.objective import Costs, Objective, RowInputs, as_row, known_labels
@@ -158,19 +158,18 @@ class CrossEntropy(Objective):
         return self.summed(inputs, to_inputs)
 
     def _to_temperature(self, passes: Passes, costs: dict[str, Cost], rows: dict[str, Any]) -> Row | None:
-        """The gradient by the temperature of each position, the share of this shard's classes."""
+        """The gradient by the temperature of each position; without a temperature None."""
         temperature = passes.arrays.temperature
         if temperature is None:
             return None
+        of_z = {name: cost.rows_of_z(passes, rows[name]) for name, cost in costs.items()}
 
         def times_z(c: Class, rows: dict[str, Any]) -> Array:
             return known(_added_up(cost.times_z(c, rows[name]) for name, cost in costs.items()))
 
-        of_classes = passes.share_of_sum(
-            times_z, {name: cost.rows_of_z(passes, rows[name]) for name, cost in costs.items()}
-        )
-        of_labels = _added_up(cost.label_times_z(passes, rows[name]) for name, cost in costs.items())
-        return -(of_classes if of_labels is None else of_classes + of_labels) / temperature
+        of_labels = (cost.label_times_z(passes, rows[name]) for name, cost in costs.items())
+        share = known(_added_up((passes.share_of_sum(times_z, of_z), *of_labels)))
+        return -gradient_of_copies(share, self.shards) / temperature
 
     def _costs_of_residuals(self, residuals: Residuals) -> dict[str, Cost]:
         inputs = residuals.inputs

@@ -248,6 +248,8 @@ class DivergenceObjective(Objective):
     shards: Shards
     divergence: Divergence
 
+    temperature_gradient_is_a_share = True
+
     @property
     def names(self) -> tuple[str, ...]:
         return ("divergence",)

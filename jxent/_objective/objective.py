@@ -3,7 +3,7 @@
 import abc
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from jxent._core.dtypes import compute_dtype
 from jxent._core.forward_mode import moving_where
 from jxent._core.reports import report_values
-from jxent._core.shards import ClassAxis, Shards
+from jxent._core.shards import ClassAxis, Shards, cast_alike
 from jxent._core.weights import only, product_of
 from jxent._labels.labels import Labels
 from jxent._rows.costs import Coefficient, Scalars
@@ -75,6 +75,9 @@ class Objective(abc.ABC):
     stats: bool = False
     """Whether there are statistics among the costs, and a prediction."""
 
+    temperature_gradient_is_a_share: ClassVar[bool] = False
+    """Whether the gradient by the temperature is the sum of the gradients on the shards of the classes."""
+
     @property
     @abc.abstractmethod
     def names(self) -> tuple[str, ...]:
@@ -135,6 +138,19 @@ class Objective(abc.ABC):
     def class_axis(self, inputs: RowInputs) -> ClassAxis:
         """The class axis of the inputs."""
         return self.classes(known(inputs.logits).shape[self.axis], inputs.class_offset)
+
+    def cast_alike(self, inputs: RowInputs) -> RowInputs:
+        """The inputs, as `shards.cast_alike` casts them. A gradient must vary over a mesh as its array does."""
+        of_classes = inputs.replace(labels=None, mask=None, class_offset=None)
+        temperature = None
+        if not self.temperature_gradient_is_a_share:
+            of_classes, temperature = of_classes.replace(temperature=None), inputs.temperature
+        labels, of_classes, (mask, temperature) = cast_alike(
+            self.shards, inputs.labels, of_classes, (inputs.mask, temperature)
+        )
+        if not self.temperature_gradient_is_a_share:
+            of_classes = of_classes.replace(temperature=temperature)
+        return of_classes.replace(labels=labels, mask=mask, class_offset=inputs.class_offset)
 
     def classes(self, size: int, offset: Int[Array, ""] | None) -> ClassAxis:
         return ClassAxis(axis=self.axis, size=size, shards=self.shards, offset=offset)

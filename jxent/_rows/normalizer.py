@@ -26,7 +26,15 @@ from jax import Array
 from jaxtyping import Int
 
 from jxent._core.forward_mode import linear, mapped_with
-from jxent._core.shards import AxisNames, class_offset, each_shards_own, largest, shards_of, shared_cotangent
+from jxent._core.shards import (
+    AxisNames,
+    class_offset,
+    each_shards_own,
+    gradient_of_copies,
+    largest,
+    shards_of,
+    shared_cotangent,
+)
 from jxent._rows.passes import Arrays, Class, Logits, Moving, Passes, Row
 from jxent._rows.terms import below_top_of_exponentials, centered, confident, rounded
 
@@ -141,7 +149,8 @@ def _normalizer_jvp(
         to_logits = passes.map(gradient, confident(log_z), to_log_z, at_top)
         if not temperature:
             return [to_logits]
-        to_temperature = -to_log_z * passes.share_of_sum(lambda c: c.p * c.held_z) / temperature[0]
+        mean = gradient_of_copies(passes.share_of_sum(lambda c: c.p * c.held_z), shards)
+        to_temperature = -to_log_z * mean / temperature[0]
         shared = tuple(a for a, size in enumerate(temperature[0].shape) if size == 1)
         return [to_logits, jnp.sum(to_temperature, shared, keepdims=True)]
 

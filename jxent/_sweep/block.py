@@ -15,7 +15,6 @@ from jxent._backend.backend import Backend
 from jxent._backend.fusion import barrier, unfused
 from jxent._backend.matmuls import dot, operands_of_block
 from jxent._core.dtypes import compute_dtype
-from jxent._core.shards import cast_alike
 from jxent._core.weights import along, only
 from jxent._labels.labels import Labels
 from jxent._objective.objective import Objective, RowInputs
@@ -152,10 +151,7 @@ def block_of(
         with jax.named_scope("rows"):
             out, residuals = objective.forward(of_block, backend.saves_exp)
     else:
-        # The gradients of these arrays must vary over a mesh as the arrays do.
-        of_classes = of_block.replace(labels=None, mask=None, class_offset=None)
-        labels, of_classes, mask = cast_alike(objective.shards, of_block.labels, of_classes, row_mask)
-        of_block = of_classes.replace(labels=labels, mask=mask, class_offset=inputs.class_offset)
+        of_block = objective.cast_alike(of_block)
         static = BlockOf(objective=objective, save_exp=backend.saves_exp)
         with jax.named_scope("rows"):
             out, residuals = costs_of_block(static, of_block), None
