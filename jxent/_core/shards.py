@@ -97,12 +97,12 @@ def shared_cotangent(cotangents: T, shards: Shards) -> T:
     return jax.tree.map(lambda c: total(c, axes(c)), cotangents)
 
 
-def gradient_of_copies(share: Array, shards: Shards) -> Array:
+def gradient_of_copies(share: Array, array: Array, shards: Shards) -> Array:
     """The gradient by an array of which every shard has a copy, from this shard's share of the gradient.
 
     It is the sum of the shares if types say that the copies are equal. Otherwise each copy has its own gradient.
     """
-    return total(share, shards.axis_name) if shards.checked else share
+    return total(share, tuple(a for a in shards.axis_name if shards.checked and a not in varying(array)))
 
 
 # --- the types of arrays ----------------------------------------------------------------------------------------------

@@ -169,7 +169,7 @@ class CrossEntropy(Objective):
 
         of_labels = (cost.label_times_z(passes, rows[name]) for name, cost in costs.items())
         share = known(_added_up((passes.share_of_sum(times_z, of_z), *of_labels)))
-        return -gradient_of_copies(share, self.shards) / temperature
+        return -gradient_of_copies(share, temperature, self.shards) / temperature
 
     def _costs_of_residuals(self, residuals: Residuals) -> dict[str, Cost]:
         inputs = residuals.inputs

@@ -149,7 +149,7 @@ def _normalizer_jvp(
         to_logits = passes.map(gradient, confident(log_z), to_log_z, at_top)
         if not temperature:
             return [to_logits]
-        mean = gradient_of_copies(passes.share_of_sum(lambda c: c.p * c.held_z), shards)
+        mean = gradient_of_copies(passes.share_of_sum(lambda c: c.p * c.held_z), temperature[0], shards)
         to_temperature = -to_log_z * mean / temperature[0]
         shared = tuple(a for a, size in enumerate(temperature[0].shape) if size == 1)
         return [to_logits, jnp.sum(to_temperature, shared, keepdims=True)]
