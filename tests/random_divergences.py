@@ -253,10 +253,8 @@ def _margins(x, temperature):
     sides = []
     for logits in x.values():
         ordered = np.sort(np.asarray(logits, np.float64), -1)
-        second = ordered[..., -2] if ordered.shape[-1] > 1 else ordered[..., -1]
-        sides.append(
-            (ordered[..., -1] - second) / np.asarray(temperature, np.float64).reshape(*np.shape(temperature)[:2])
-        )
+        second = ordered[..., -2:-1] if ordered.shape[-1] > 1 else ordered
+        sides.append(((ordered[..., -1:] - second) / np.asarray(temperature, np.float64))[..., 0])
     return np.maximum(*sides)
 
 
