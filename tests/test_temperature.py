@@ -268,19 +268,19 @@ def test_a_masked_position_may_have_any(linear):
     assert np.all(found[1][0][WHERE])
 
 
-@pytest.mark.parametrize("shape", [(), (8, 1)])
-def test_memory_of_a_linear_loss(shape):
+@pytest.mark.parametrize(("shape", "reduction"), [((), "mean"), ((8, 1), "none")])
+def test_memory_of_a_linear_loss(shape, reduction):
     """A temperature and its gradient need no further array of a block's size."""
-    types = [(8, 256, 16), (16, 4096)]
+    types = [(8, 256, 16), (16, 8192)]
     hidden, kernel = (jax.ShapeDtypeStruct(each, jnp.float32) for each in types)
     labels, t = jax.ShapeDtypeStruct((8, 256), jnp.int32), jax.ShapeDtypeStruct(shape, jnp.float32)
 
     def loss(hidden, kernel, temperature, labels, used):
         given = {"temperature": temperature} if used else {}
-        return jxent.linear_cross_entropy(hidden, kernel, labels, block_size=256, **given)
+        return jnp.sum(jxent.linear_cross_entropy(hidden, kernel, labels, reduction=reduction, block_size=256, **given))
 
     def temporaries(used, wrt):
-        f = jax.jit(jax.value_and_grad(partial(loss, used=used), wrt))
+        f = optimized(jax.value_and_grad(partial(loss, used=used), wrt))
         return f.lower(hidden, kernel, t, labels).compile().memory_analysis().temp_size_in_bytes
 
     without = temporaries(False, (0, 1))

@@ -148,8 +148,10 @@ def block_of(
         class_offset=inputs.class_offset,
     ).without_masked()  # masked hidden states are 0 above, but masked label probabilities may be NaN
     if wrt:
+        # The gradient by a temperature needs the logits. Exponentials would be one more array of their size.
+        save_exp = backend.saves_exp and "temperature" not in wrt
         with jax.named_scope("rows"):
-            out, residuals = objective.forward(of_block, backend.saves_exp)
+            out, residuals = objective.forward(of_block, save_exp)
     else:
         of_block = objective.cast_alike(of_block)
         static = BlockOf(objective=objective, save_exp=backend.saves_exp)
