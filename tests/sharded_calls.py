@@ -113,7 +113,7 @@ CALLS = {
     "cross_entropy": (logits_loss, LOGITS[:2], {}),
     "cross_entropy-all": (logits_loss, LOGITS, SMOOTH),
     "cross_entropy-probabilities": (logits_loss, ("logits", "probabilities", *LOGITS[2:]), SMOOTH),
-    "cross_entropy-none": (logits_loss, LOGITS, {"reduction": "none"}),
+    "cross_entropy-none": (logits_loss, (*LOGITS, "temperature"), {"reduction": "none"}),
     "cross_entropy-stats": (partial(with_stats, logits_loss), (*LOGITS, "temperatures"), {}),
     "nll_loss": (of_log_probs, LOGITS[:3], {}),
     "nll_loss-probabilities": (of_log_probs, ("logits", "probabilities", "class_weight"), {}),

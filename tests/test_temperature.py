@@ -268,6 +268,24 @@ def test_a_masked_position_may_have_any(linear):
     assert np.all(found[1][0][WHERE])
 
 
+@pytest.mark.usefixtures("x64")
+def test_masked_logits_do_not_reach_a_scalar_temperature():
+    """Their second derivatives are NaN, which a sum over the positions would spread."""
+    options = {"where": WHERE, "z_loss_weight": 0.1, "reduction": "sum"}
+
+    @jax.jit
+    def derivatives(t, logits):
+        def f(t):
+            return jxent.cross_entropy(logits, ARRAYS["index"], temperature=t, **options)
+
+        return jax.grad(lambda t: jax.jvp(f, (t,), (t,))[1])(t), jax.grad(jax.grad(f))(t)
+
+    spoilt = np.where(WHERE[..., None], ARRAYS["logits"], np.nan)
+    wanted = derivatives(1.3, ARRAYS["logits"])
+    assert np.all(np.isfinite(wanted))
+    chex.assert_trees_all_equal(derivatives(1.3, spoilt), wanted)
+
+
 @pytest.mark.parametrize(("shape", "reduction"), [((), "mean"), ((8, 1), "none")])
 def test_memory_of_a_linear_loss(shape, reduction):
     """A temperature and its gradient need no further array of a block's size."""
