@@ -302,7 +302,6 @@ def test_memory_of_a_linear_loss(shape, reduction):
         return f.lower(hidden, kernel, t, labels).compile().memory_analysis().temp_size_in_bytes
 
     without = temporaries(False, (0, 1))
-    assert temporaries(True, (0, 1)) <= 1.01 * without
     assert temporaries(True, (0, 1, 2)) <= 1.01 * without
 
 
