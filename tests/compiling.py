@@ -9,6 +9,7 @@ from functools import partial
 import jax
 
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+QUICK["xla_cpu_parallel_codegen_split_count"] = 1  # small programs: to compile them in parts takes a third longer
 OPTIMIZED = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
 if jax.__version_info__ < (0, 11):  # JAX 0.12 knows no such flag
     QUICK["xla_cpu_use_fusion_emitters"] = False
