@@ -34,7 +34,7 @@ pytest.register_assert_rewrite("bad_calls", "sharded_calls", "sharded_layouts")
 collect_ignore = ["fixtures/export_torch.py"]  # a script for where PyTorch is installed; doctests would import it
 
 # How many examples a property is tried with; "long" draws them anew each time.
-hypothesis.settings.register_profile("short", max_examples=3, deadline=None, derandomize=True)
+hypothesis.settings.register_profile("short", max_examples=2, deadline=None, derandomize=True)
 hypothesis.settings.register_profile("exhaustive", max_examples=10, deadline=None, derandomize=True)
 hypothesis.settings.register_profile("long", max_examples=1000, deadline=None)
 

@@ -10,7 +10,7 @@ def differentiated(f, modes):
     """The function of several trees, differentiated once for each letter: "f" along cosines, "r" with cotangents."""
     for mode in reversed(modes):
         f = partial(_forwards if mode == "f" else _backwards, f)
-    return f
+    return jax.jit(f)  # one program; eager derivatives compile each operation
 
 
 def _forwards(f, *at):

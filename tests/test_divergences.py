@@ -222,6 +222,7 @@ def test_the_temperature_of_masked_classes(beta):
     def f(temperature, p, q):
         return logits_divergence(beta)(p, q, temperature=temperature)
 
+    @jax.jit
     @jax.vmap
     def derivatives(temperature, p, q):
         at = temperature, p, q
@@ -277,7 +278,8 @@ def test_hessian_of_equal_rows(beta):
     """Nothing here may be differentiated as if the absolute value of a difference had a slope of 0 at 0."""
     at, options = (jnp.asarray(LOGITS[0]),) * 2, {"temperature": 1.7}
     found, wanted = (
-        jax.hessian(partial(logits_divergence(beta, module), **options), (0, 1))(*at) for module in (jxent, reference)
+        jax.jit(jax.hessian(partial(logits_divergence(beta, module), **options), (0, 1)))(*at)
+        for module in (jxent, reference)
     )
     chex.assert_trees_all_close(found, wanted, rtol=1e-10, atol=1e-12)
 
@@ -315,8 +317,9 @@ def test_linear(modes, block_size, recompute, reduction, beta):
     """The value and the derivatives by all eight arrays, of both sides, whatever the blocks."""
     options = {"block_size": block_size, "recompute": recompute, "reduction": reduction}
     names, at = tuple(LAYERS), tuple(map(jnp.asarray, LAYERS.values()))
-    found = differentiated(lambda *at: linear(beta, options, dict(zip(names, at, strict=True))), modes)(*at)
-    wanted = differentiated(lambda *at: plain(beta, reduction, dict(zip(names, at, strict=True))), modes)(*at)
+    ours = differentiated(lambda *at: linear(beta, options, dict(zip(names, at, strict=True))), modes)
+    theirs = differentiated(lambda *at: plain(beta, reduction, dict(zip(names, at, strict=True))), modes)
+    found, wanted = ours(*at), theirs(*at)
     chex.assert_trees_all_close(found, wanted, rtol=1e-10, atol=1e-11)
 
 
@@ -329,7 +332,7 @@ def test_dtypes_of_the_sides(dtypes):
     value, grads = jax.jit(jax.value_and_grad(f, (0, 1, 2, 3)))(*p, *q)
     assert value.dtype == jnp.float32
     assert [g.dtype for g in grads] == [jnp.dtype(dtypes[0])] * 2 + [jnp.dtype(dtypes[1])] * 2
-    wide = jax.value_and_grad(f, (0, 1, 2, 3))(*(a.astype(jnp.float32) for a in (*p, *q)))
+    wide = jax.jit(jax.value_and_grad(f, (0, 1, 2, 3)))(*(a.astype(jnp.float32) for a in (*p, *q)))
     for found, wanted in zip(jax.tree.leaves((value, grads)), jax.tree.leaves(wide), strict=True):
         np.testing.assert_allclose(found.astype(jnp.float32), wanted, atol=3e-2 * np.abs(wanted).max())
 
@@ -382,7 +385,7 @@ def test_classes_that_both_mask(beta):
     """They count for nothing, as if they were not there."""
     p, q = (x[0].astype(np.float32) for x in LOGITS)
     rest = np.array([0, 1, 3, 4, 6])
-    f = jax.value_and_grad(logits_divergence(beta), (0, 1))
+    f = jax.jit(jax.value_and_grad(logits_divergence(beta), (0, 1)))
     masked = [np.where(np.isin(np.arange(7), rest), x, -np.inf) for x in (p, q)]
     value, grads = f(*masked)
     wanted, grads_wanted = f(p[:, rest], q[:, rest])
@@ -440,17 +443,17 @@ def test_a_row_without_a_class(side, beta):
 def test_what_does_not_count(beta):
     """It reaches nothing, whatever it holds; and where nothing counts the mean is NaN, with gradients of 0."""
     p, q = (np.where(WHERE[..., None], x, np.nan).astype(np.float32) for x in LOGITS)
-    f = jax.value_and_grad(partial(logits_divergence(beta), where=WHERE), (0, 1))
-    value, grads = f(p, q)
+    f = jax.jit(jax.value_and_grad(lambda p, q, where: logits_divergence(beta)(p, q, where=where), (0, 1)))
+    value, grads = f(p, q, WHERE)
     np.testing.assert_allclose(value, logits_divergence(beta, reference)(*(x[WHERE] for x in LOGITS)), rtol=1e-5)
     for grad in grads:
         assert np.isfinite(grad).all()
         assert not np.any(grad[~WHERE])
-    value, grads = jax.value_and_grad(partial(logits_divergence(beta), where=np.zeros(SHAPE, bool)), (0, 1))(p, q)
+    value, grads = f(p, q, np.zeros(SHAPE, bool))
     assert np.isnan(value)
     assert not any(map(np.any, grads))
     hidden_p, hidden_q = (np.where(WHERE[..., None], LAYERS[name], np.inf) for name in ("hidden_p", "hidden_q"))
-    f = jax.grad(lambda arrays: linear(beta, {"block_size": 5}, arrays))
+    f = jax.jit(jax.grad(lambda arrays: linear(beta, {"block_size": 5}, arrays)))
     arrays = {name: jnp.asarray(array, jnp.float32) for name, array in LAYERS.items()}
     found = f(arrays | {"hidden_p": jnp.asarray(hidden_p), "hidden_q": jnp.asarray(hidden_q)})
     chex.assert_trees_all_close(found, f(arrays), rtol=1e-5)
@@ -520,9 +523,10 @@ def test_under_transformations():
     arrays = {name: jnp.asarray(array, jnp.float32) for name, array in LAYERS.items()}
     p, q = (arrays["hidden_p"], arrays["kernel_p"]), (arrays["hidden_q"], arrays["kernel_q"])
     f = partial(jxent.linear_kl_divergence, vocab_axis=(-1, 0), block_size=2)
-    each = jax.vmap(jax.value_and_grad(f, 3), (0, None, 0, None))(*p, *q)
+    of_one = jax.value_and_grad(f, 3)
+    each, of_one = jax.jit(jax.vmap(of_one, (0, None, 0, None)))(*p, *q), jax.jit(of_one)
     for i in range(SHAPE[0]):
-        one = jax.value_and_grad(f, 3)(p[0][i], p[1], q[0][i], q[1])
+        one = of_one(p[0][i], p[1], q[0][i], q[1])
         chex.assert_trees_all_close(jax.tree.map(lambda a, i=i: a[i], each), one, rtol=1e-5, atol=1e-7)
 
     def scanned(kernel):

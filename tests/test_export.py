@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from grids import short
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jxent
@@ -55,13 +56,20 @@ CALLS = {
 def test_no_effect(name):
     """A program with an effect leaves JAX's fast dispatch, and cannot be serialized."""
     f, arrays = CALLS[name]
-    gradient = jax.value_and_grad(f, has_aux=isinstance(f(*arrays), tuple))
+    gradient = jax.value_and_grad(f, has_aux=isinstance(jax.eval_shape(f, *arrays), tuple))
     assert not jax.make_jaxpr(jax.jit(f))(*arrays).effects
     assert not jax.make_jaxpr(gradient)(*arrays).effects
     assert not jax.make_jaxpr(jax.vmap(gradient))(*(a[None] for a in arrays)).effects
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize(
+    "name",
+    short(
+        CALLS,
+        *("log_softmax", "nll_loss", "cross_entropy-stats", "sigmoid_cross_entropy", "js_divergence-none"),
+        *("linear_cross_entropy", "linear_kl_divergence"),
+    ),
+)
 def test_bytes(name):
     """Serialized for four platforms, read, called: the same bits, and `Stats`. Differentiated, two programs for one."""
     f, arrays = jax.jit(CALLS[name][0]), CALLS[name][1]
@@ -74,20 +82,22 @@ def test_bytes(name):
     def gradient(g):
         return jax.grad(lambda scores: jax.tree.leaves(g(scores, *arrays[1:]))[0])(arrays[0])
 
-    assert np.any(gradient(f))
-    chex.assert_trees_all_close(gradient(read.call), gradient(f), rtol=1e-6)
+    want = gradient(f)
+    assert np.any(want)
+    chex.assert_trees_all_close(gradient(read.call), want, rtol=1e-6)
 
 
 SYMBOLIC = {
     "mean": (jxent.linear_cross_entropy, {"block_size": 4}),
     "default block": (jxent.linear_cross_entropy, {}),
     "all": (jxent.linear_cross_entropy, {"block_size": 4, "ignore_index": None}),
+    "default block, all": (jxent.linear_cross_entropy, {"ignore_index": None}),
     "none": (jxent.linear_cross_entropy, {"block_size": 4, "reduction": "none", **STATS}),
     "divergence": (jxent.linear_kl_divergence, {"block_size": 4}),
 }
 
 
-@pytest.mark.parametrize("name", SYMBOLIC)
+@pytest.mark.parametrize("name", short(SYMBOLIC, "mean", "none", "default block, all"))
 def test_symbolic_shapes(name):
     """One artifact for any number of positions and classes: values, gradients, and their tangents."""
     function, options = SYMBOLIC[name]
@@ -105,7 +115,8 @@ def test_symbolic_shapes(name):
     shapes = (batch, 3, 4), (4, vocab), (batch, 3)
     dtypes = np.float32, np.float32, np.int32
     symbolic = [jax.ShapeDtypeStruct(*each) for each in zip(shapes, dtypes, strict=True)]
-    read = jax.export.deserialize(jax.export.export(jax.jit(every), platforms=PLATFORMS)(*symbolic).serialize())
+    exported = jax.export.export(jax.jit(every), platforms=["cpu", "tpu"])(*symbolic)
+    read = jax.export.deserialize(exported.serialize())
     rng = np.random.default_rng(17)
     for length, classes in ((1, 7), (3, 10)):
         hidden, kernel = rng.normal(size=(length, 3, 4)), rng.normal(size=(4, classes))

