@@ -97,7 +97,7 @@ SYMBOLIC = {
 }
 
 
-@pytest.mark.parametrize("name", short(SYMBOLIC, "mean", "none", "default block, all"))
+@pytest.mark.parametrize("name", short(SYMBOLIC, "mean", "none", "default block, all", "divergence"))
 def test_symbolic_shapes(name):
     """One artifact for any number of positions and classes: values, gradients, and their tangents."""
     function, options = SYMBOLIC[name]

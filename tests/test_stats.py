@@ -352,7 +352,7 @@ def matmuls(reduction, *differentiated):
 
 def test_sweeps():
     """Without a reduction one forwards and one backwards, whatever is differentiated; for a mean see further down."""
-    assert matmuls("none", "loss") == matmuls("none", "loss", *STATISTICS) == 4
+    assert matmuls("none", "loss") == matmuls("none", "entropy") == matmuls("none", "loss", *STATISTICS) == 4
 
 
 def test_what_is_not_differentiated_costs_nothing():
