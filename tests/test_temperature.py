@@ -269,14 +269,16 @@ def test_a_masked_position_may_have_any(linear):
 
 
 @pytest.mark.usefixtures("x64")
-def test_masked_logits_do_not_reach_a_scalar_temperature():
+@pytest.mark.parametrize("function", [jxent.cross_entropy, jxent.kl_divergence])
+def test_masked_logits_do_not_reach_a_scalar_temperature(function):
     """Their second derivatives are NaN, which a sum over the positions would spread."""
-    options = {"where": WHERE, "z_loss_weight": 0.1, "reduction": "sum"}
+    options = {"where": WHERE, "reduction": "sum"}
+    other = ARRAYS["index"] if function is jxent.cross_entropy else jnp.sin(ARRAYS["logits"])
 
     @jax.jit
     def derivatives(t, logits):
         def f(t):
-            return jxent.cross_entropy(logits, ARRAYS["index"], temperature=t, **options)
+            return function(logits, other, temperature=t, **options)
 
         return jax.grad(lambda t: jax.jvp(f, (t,), (t,))[1])(t), jax.grad(jax.grad(f))(t)
 

@@ -9,12 +9,11 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from jxent._core.forward_mode import moving_where
 from jxent._core.indexing import at_index
-from jxent._core.shards import Shards, gradient_of_copies, sharded_like
+from jxent._core.shards import Shards, gradient_of_copies
 from jxent._core.weights import along, is_used
 from jxent._labels.labels import Labels
-from jxent._objective.objective import Costs, Objective, RowInputs, as_row, known_labels
+from jxent._objective.objective import Costs, Objective, RowInputs, as_row, known_labels, temperature_row
 from jxent._rows.costs import (
     OPTIONAL,
     STATISTIC_NAMES,
@@ -72,13 +71,6 @@ class CrossEntropy(Objective):
         array: Any = inputs.logits
         return along(inputs.class_weight, array.ndim, self.axis, inputs.dtype)
 
-    def _temperature(self, inputs: RowInputs) -> Row | None:
-        row, mask = as_row(inputs.temperature, inputs), inputs.mask
-        if row is None or mask is None or known(inputs.temperature).ndim:
-            return row
-        # Otherwise second derivatives at masked positions, which may be NaN, would reach the scalar.
-        return moving_where(mask, sharded_like(jnp.broadcast_to(row, mask.shape), mask))
-
     def leaves_label_out(self, labels: Labels, size: int) -> bool:
         """Whether the sum of exponentials leaves the label's class out instead of the maximum's.
 
@@ -89,7 +81,7 @@ class CrossEntropy(Objective):
     def passes(self, residuals: Residuals, previous: Row) -> Passes:
         dtype, inputs = residuals.log_z.dtype, residuals.inputs
         like = known(inputs.logits if residuals.exp is None else residuals.exp)
-        labels, temperature = known_labels(inputs), self._temperature(inputs)
+        labels, temperature = known_labels(inputs), temperature_row(inputs)
         uses_inverse = residuals.exp is not None or temperature is not None
         arrays = Arrays(
             logits=inputs.logits,
@@ -119,7 +111,7 @@ class CrossEntropy(Objective):
         if index is not None and label_logit is not None and self.leaves_label_out(labels, classes.size):
             left_out = index, label_logit
         static = (self.axis,), self.logit_softcap, inputs.dtype, save_exp, axis_name
-        row = normalizer(logits, left_out, self._temperature(inputs), *static)
+        row = normalizer(logits, left_out, temperature_row(inputs), *static)
         log_z, invalid = row.log_z, labels.invalid(classes)
         if invalid is not None:
             log_z = jnp.where(invalid, jnp.nan, log_z)

@@ -46,7 +46,7 @@ from jaxtyping import Bool
 from jxent._backend.fusion import unfused
 from jxent._core.reports import report_values
 from jxent._core.shards import Shards, largest
-from jxent._objective.objective import Costs, Objective, RowInputs, as_row
+from jxent._objective.objective import Costs, Objective, RowInputs, as_row, temperature_row
 from jxent._rows import terms
 from jxent._rows.pair import OfRow, Pair, PairRows
 from jxent._rows.passes import Arrays, Class, Logits, Passes, Row, known
@@ -347,7 +347,7 @@ class DivergenceObjective(Objective):
             logits_p=known(inputs.logits_p),
             of_row=of_row,
             row_max_distance=(row_max_q - row_max_p, terms.lost_by_difference(row_max_q, row_max_p)),
-            temperature=as_row(inputs.temperature, inputs),
+            temperature=temperature_row(inputs),
         )
         if not self.divergence.keeps_distance:
             return rows

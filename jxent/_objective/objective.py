@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from jxent._core.dtypes import compute_dtype
 from jxent._core.forward_mode import moving_where
 from jxent._core.reports import report_values
-from jxent._core.shards import ClassAxis, Shards, cast_alike
+from jxent._core.shards import ClassAxis, Shards, cast_alike, sharded_like
 from jxent._core.weights import only, product_of
 from jxent._labels.labels import Labels
 from jxent._rows.costs import Coefficient, Scalars
@@ -187,6 +187,15 @@ def as_row(temperature: Float[Array, ""] | Row | None, inputs: RowInputs) -> Row
         return None
     temperature = temperature.astype(inputs.dtype)
     return temperature if temperature.ndim else temperature.reshape((1,) * known(inputs.logits).ndim)
+
+
+def temperature_row(inputs: RowInputs) -> Row | None:
+    """The temperature as a row array, which is a constant at masked positions; None for 1."""
+    row, mask = as_row(inputs.temperature, inputs), inputs.mask
+    if row is None or mask is None or known(inputs.temperature).ndim:
+        return row
+    # Otherwise second derivatives at masked positions, which may be NaN, would reach the scalar.
+    return moving_where(mask, sharded_like(jnp.broadcast_to(row, mask.shape), mask))
 
 
 def known_labels(inputs: RowInputs) -> Labels:
