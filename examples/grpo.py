@@ -3,7 +3,9 @@
 The model says what a function does, and a program checks its answer: a sentence that begins with "Return" if, and only
 if, the function returns something. Eight answers to each prompt are compared with each other. The policy's ratio, the
 entropy bonus and the divergence from the model that it began with all come from the statistics of one call, which holds
-no logits; the last line says what that saves.
+no logits; the last line says what that saves. The call divides by the temperature at which answers are drawn. If all
+answers to a prompt are right, or all are wrong, their group has no advantage and takes no part in the loss. Its
+cotangents are then 0, and the backward pass skips it.
 
     pip install jxent flax optax orbax-checkpoint tokenizers matplotlib tqdm
     python grpo.py            # goes on from what sft.py wrote to sft/, or makes it; everything it writes goes there
@@ -13,7 +15,6 @@ no logits; the last line says what that saves.
 import argparse
 import re
 import time
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +31,7 @@ from tqdm import tqdm
 import jxent
 
 GROUP = 8  # answers to a prompt
+TEMPERATURE = 1.0  # at which answers are drawn, and by which the loss divides the logits
 UPDATES = 2  # of the policy for each set of answers
 CLIP = 0.2  # how far the policy's ratio counts
 KL_WEIGHT, ENTROPY_WEIGHT = 0.02, 0.002
@@ -61,21 +63,21 @@ def roll_out(policy, tokenizer, sources, seed):
 
 
 def draw(logits, key):
-    return jax.random.categorical(key, logits)
+    return jax.random.categorical(key, logits / TEMPERATURE)
 
 
 # --- the loss ---------------------------------------------------------------------------------------------------------
 
 
 def from_blocks(hidden, embedding, labels):
-    options = {"vocab_axis": 0, "reduction": "none", "block_size": train_lm.BLOCK_SIZE}
+    options = {"vocab_axis": 0, "temperature": TEMPERATURE, "reduction": "none", "block_size": train_lm.BLOCK_SIZE}
     _, stats = jxent.linear_cross_entropy(hidden, embedding, labels, **options, return_stats=True)
     return stats.log_prob, stats.entropy
 
 
 def from_logits(hidden, embedding, labels):
     """The usual way, which holds all logits: compiled for its memory figure, never run."""
-    log_p = jax.nn.log_softmax(hidden @ embedding.T)
+    log_p = jax.nn.log_softmax(hidden @ embedding.T / TEMPERATURE)
     of_labels = jnp.take_along_axis(log_p, jnp.maximum(labels, 0)[..., None], axis=-1)[..., 0]
     return of_labels, -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
 
@@ -92,7 +94,11 @@ def loss_of(policy, rollouts, statistics):
     gain = jnp.minimum(ratio * rollouts.advantages, jnp.clip(ratio, 1 - CLIP, 1 + CLIP) * rollouts.advantages)
     behind = rollouts.reference - log_prob
     divergence = jnp.expm1(behind) - behind  # Schulman's estimate from samples: its mean is KL(policy || reference)
-    mean = partial(jnp.mean, where=labels != -100)
+    counts = (labels != -100) & (rollouts.advantages != 0)
+
+    def mean(values):
+        return jnp.sum(jnp.where(counts, values, 0)) / jnp.maximum(jnp.sum(counts), 1)
+
     loss = mean(KL_WEIGHT * divergence - gain - ENTROPY_WEIGHT * entropy)
     return loss, (mean(divergence), mean(entropy))
 
@@ -150,7 +156,7 @@ def main():
 
     start = time.perf_counter()
     before, answers_before = examine()
-    history, curve = [], [(0, before)]
+    history, curve, without = [], [(0, before)], 0.0
     with tqdm(range(steps), desc="GRPO", unit=" steps") as progress:
         for i in progress:
             chosen = np.random.default_rng(i).choice(len(training), prompts, replace=False)
@@ -158,6 +164,7 @@ def main():
             rollouts = rollouts._replace(old=log_probs(policy, rollouts), reference=log_probs(reference, rollouts))
             for _ in range(UPDATES):
                 divergence, entropy = map(float, update(policy, optimizer, rollouts))
+            without += np.mean(rollouts.advantages == 0) / steps
             history.append((rewards.mean(), divergence, entropy))
             if (i + 1) % every == 0 or i + 1 == steps:
                 after, answers_after = examine()
@@ -167,6 +174,7 @@ def main():
     print(f"\nright answers  {before:.0%} before, {after:.0%} after, about functions of unseen files")
     for source, old, new in zip(unseen[:6], answers_before, answers_after, strict=False):
         print(f"\n{source}\n    before: {old}\n    after:  {new}")
+    print(f"\n{without:.0%} of the answers were in groups without an advantage, which the backward pass skips")
     print(f"it took {time.perf_counter() - start:.0f} s")
     programs = [update.lower(policy, optimizer, rollouts, f).compile() for f in (from_blocks, from_logits)]
     train_lm.print_memory("an update", *(program.memory_analysis().temp_size_in_bytes for program in programs))
