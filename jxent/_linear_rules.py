@@ -62,7 +62,9 @@ def _linear_costs(sweep: Sweep, inputs: Inputs) -> Swept:
 
 def _linear_costs_fwd(sweep: Sweep, primals: Any) -> tuple[Swept, tuple[Inputs, Inputs]]:
     inputs, differentiated = _values(primals)
-    return sharded(sweep, (), inputs, {})[0], (inputs, differentiated)
+    out = sharded(sweep, (), inputs, {})[0]
+    indices = sweep.objective.known_indices(inputs.indices, out.prediction)
+    return out, (inputs._replace(indices=indices), differentiated)
 
 
 # The gradient is that of the sum of cotangent[i] * cost[i]. So the cotangents are the coefficients of the sweep.
@@ -95,7 +97,10 @@ def _gradients_unless_zero(sweep: Sweep, wrt: tuple[str, ...], inputs: Inputs, c
     @jax.custom_jvp
     def of_some(*leaves: Array) -> Gradients:
         inputs, coefficients = tree.unflatten(leaves)
-        used = reduce(jnp.logical_or, (c != 0 for c in coefficients.values()))
+        entries = sweep.objective.entries
+        used = reduce(
+            jnp.logical_or, (jnp.any(c != 0, -1) if entries(name) else c != 0 for name, c in coefficients.items())
+        )
         mask = used if inputs.mask is None else inputs.mask & used
         return sharded(sweep, wrt, inputs._replace(mask=mask), coefficients)[1]
 

@@ -30,7 +30,8 @@ DIVERGENCES = ("kl_divergence", "js_divergence", "tv_distance")
 BINARY = "sigmoid_cross_entropy"
 LINEAR_DIVERGENCES = ("linear_kl_divergence", "linear_js_divergence", "linear_tv_distance")
 MEAN_TAKERS = (*LOSSES, LINEAR, *DIVERGENCES, *LINEAR_DIVERGENCES)
-FUNCTIONS = (*SOFTMAXES, *MEAN_TAKERS, BINARY, "next_token_labels")
+LOG_PROBS = {"linear_log_probs": "indices", "linear_top_k": "k"}
+FUNCTIONS = (*SOFTMAXES, *MEAN_TAKERS, BINARY, *LOG_PROBS, "next_token_labels")
 # The remedy for an option that is an array, traced or not.
 STATIC = "static: .*static_argnames"
 
@@ -54,6 +55,9 @@ def good(function):
         return {"logits": jnp.asarray(LOGITS)}
     if function == LINEAR:
         return {"hidden": floats(N, F), "kernel": floats(F, C), "labels": jnp.asarray(LABELS, jnp.int32)}
+    if function in LOG_PROBS:
+        third = ints(N, 2) if function == "linear_log_probs" else 2
+        return {"hidden": floats(N, F), "kernel": floats(F, C), LOG_PROBS[function]: third}
     if function == BINARY:
         return {"logits": jnp.asarray(LOGITS), "labels": ints(N, C)}
     if function in DIVERGENCES:

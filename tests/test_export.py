@@ -48,6 +48,7 @@ CALLS = {
     "kl_divergence": of(jxent.kl_divergence, LOGITS, PROBABILITIES, temperature=2.0),
     "js_divergence-none": of(jxent.js_divergence, LOGITS, PROBABILITIES, reduction="none"),
     "linear_kl_divergence": of(jxent.linear_kl_divergence, HIDDEN, KERNEL, HIDDEN[:, :3], KERNEL[:3], block_size=2),
+    "linear_log_probs": of(jxent.linear_log_probs, HIDDEN, KERNEL, LABELS[:, None], block_size=2),
     "linear_cross_entropy-none": of(jxent.linear_cross_entropy, HIDDEN, KERNEL, LABELS, reduction="none", **STATS),
 }
 

@@ -142,6 +142,10 @@ OTHERS = {
         where=where,
         block_size=BLOCK,
     ),
+    "log-probabilities": lambda at, where: jxent.linear_log_probs(
+        *at[:2], np.stack([LABELS, (LABELS + 1) % C], -1), where=where, block_size=BLOCK
+    ),
+    "top k": lambda at, where: jxent.linear_top_k(*at[:2], 3, where=where, block_size=BLOCK),
     "KL": lambda at, where: jxent.linear_kl_divergence(*at[:2], jnp.cos(at[0]), at[1], where=where, block_size=BLOCK),
     "TV": lambda at, where: jxent.linear_tv_distance(*at[:2], jnp.cos(at[0]), at[1], where=where, block_size=BLOCK),
     "JS": lambda at, where: jxent.linear_js_divergence(*at[:2], jnp.cos(at[0]), at[1], where=where, block_size=BLOCK),

@@ -33,6 +33,18 @@ FLOATS["q"] /= FLOATS["q"].sum(-1, keepdims=True)
 WEIGHTS = ("class_weight", "sample_weight")
 ALL = {"label_smoothing": 0.1, "z_loss_weight": 0.01, "logit_softcap": 5.0}
 
+
+def log_probs(*args, **options):
+    """Log-probabilities first, as the test takes them."""
+    out = jxent.linear_log_probs(*args, np.arange(6, dtype=np.int8).reshape(*POSITIONS, 1) % 5, block_size=2, **options)
+    return out.log_probs[..., 0] + out.log_rest, out.indices
+
+
+def top_k(*args, **options):
+    out = jxent.linear_top_k(*args, 2, block_size=2, **options)
+    return out.log_probs[..., 0] + out.log_rest, out.indices
+
+
 # name: (function, floating-point arguments by position, the others by name, options)
 CALLS = {
     "logsumexp": (jxent.logsumexp, ("logits",), (), {"where": RNG.random(CLASSES) < 0.8}),
@@ -68,6 +80,8 @@ CALLS |= {
     "linear-kl": (jxent.linear_kl_divergence, PAIR, ("sample_weight",), {"block_size": 2, "temperature": 1.5}),
     "tv": (jxent.tv_distance, ("logits", "q"), ("sample_weight",), {"temperature": 1.5}),
     "linear-js-none": (jxent.linear_js_divergence, PAIR, (), {"block_size": 2, "reduction": "none"}),
+    "log_probs": (log_probs, ("hidden", "kernel"), ("bias",), {"where": RNG.random(POSITIONS) < 0.8}),
+    "top_k": (top_k, ("hidden", "kernel"), ("bias",), {"logit_softcap": 5.0}),
 }
 MODES = {
     "strict": (partial(jax.numpy_dtype_promotion, "strict"), partial(jax.numpy_rank_promotion, "raise")),

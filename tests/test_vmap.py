@@ -92,6 +92,12 @@ CASES = {
     "linear-kl": Case(jxent.linear_kl_divergence, (*OF_P, *OF_Q), OF_BOTH),
     "linear-js": Case(jxent.linear_js_divergence, (*OF_P, *OF_Q), OF_BOTH, {"reduction": "none"}),
     "linear-tv": Case(jxent.linear_tv_distance, (*OF_P, *OF_Q), OF_BOTH),
+    "log-probs": Case(
+        jxent.linear_log_probs, (*OF_Q, "indices"), keywords("where", "bias", "temperature"), {"block_size": 2}
+    ),
+    "top-k": Case(
+        jxent.linear_top_k, OF_Q, keywords("where", "bias", temperature="temperatures"), {"k": 2, "logit_softcap": 3.0}
+    ),
     "sigmoid": Case(
         jxent.sigmoid_cross_entropy,
         ("logits", "yes"),
@@ -111,8 +117,10 @@ def call(case, arrays):
     arrays = arrays | {"sparse": jxent.SparseLabels(arrays.get("indices"), arrays.get("shares"))}
     given = {keyword: arrays[name] for keyword, name in case.keywords.items()}
     out = case.function(*(arrays[name] for name in case.positional), **given, **case.options)
-    loss, stats = out if isinstance(out, tuple) else (out, None)
+    loss, stats = out if isinstance(out, tuple) and len(out) == 2 else (out, None)
     parts = [loss] if stats is None else [loss, stats.log_prob, stats.log_normalizer, stats.entropy]
+    if isinstance(out, jxent.ClassLogProbs):
+        parts = [out.log_probs, out.log_rest]
     return sum(jnp.vdot(jnp.cos(jnp.arange(part.size) + i), part.ravel()) for i, part in enumerate(parts))
 
 

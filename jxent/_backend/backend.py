@@ -40,6 +40,15 @@ class Backend(abc.ABC):
         """
 
     @abc.abstractmethod
+    def top_k(
+        self, logits: Float[Array, "*block vocab"], k: int, classes: int
+    ) -> tuple[Float[Array, "*block k"], Int[Array, "*block k"]]:
+        """(the k largest logits of each row in falling order, their classes), in the order of `lax.top_k`.
+
+        `classes` is the number of classes, or 0 if they cannot be divided into blocks.
+        """
+
+    @abc.abstractmethod
     def block_size(self, kernel_has_gradient: bool, positions: Any, classes: int) -> int:
         """The number of positions in a block, whose logits are in memory at once. `positions` may be symbolic."""
 

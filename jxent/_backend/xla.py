@@ -3,7 +3,7 @@
 from typing import Any
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from jxent._backend.backend import Backend
 from jxent._backend.matmuls import dot
@@ -22,6 +22,10 @@ class XLA(Backend):
 
     def argmax(self, logits: Array, axis: int, classes: int) -> Array:
         return first_largest(logits, axis)
+
+    def top_k(self, logits: Array, k: int, classes: int) -> tuple[Array, Array]:
+        values, indices = lax.top_k(logits, k)
+        return values, indices
 
     def block_size(self, kernel_has_gradient: bool, positions: Any, classes: int) -> int:
         least, budget = (1024, 2**30) if kernel_has_gradient else (512, 2**29)

@@ -45,7 +45,10 @@ def mesh_axes(
     positions: Sharded | None = None,
     reduction: Any = "mean",
 ) -> Over:
-    """The axes as `Over`. If a name comes without a spec, it shards the first axis of `classes` or `positions`."""
+    """The axes as `Over`. If a name comes without a spec, it shards the first axis of `classes` or `positions`.
+
+    A `reduction` of None stands for a function that is no loss.
+    """
     of_classes = _entries(function, "axis_name", axis_name)
     of_positions = _entries(function, "batch_axis_name", batch_axis_name)
     axes, batch = sum(of_classes, ()), sum(of_positions, ())
@@ -59,10 +62,14 @@ def mesh_axes(
         shards, of_classes = shards_of(axes), ()
     if not _in_scope(function, "batch_axis_name", batch_axis_name, batch, positions):
         batch = ()
-    elif reduction == "none":
+    elif reduction in ("none", None):
         raise ValueError(
             f"{function}: batch_axis_name={batch_axis_name!r} is for a mean or sum over the positions of all shards; "
-            'reduction="none" takes none'
+            + (
+                'reduction="none" takes none'
+                if reduction
+                else "leave it out inside jax.shard_map, as there is none here"
+            )
         )
     else:
         of_positions = ()

@@ -132,10 +132,10 @@ ROWS = (
         "log_probs: multiply the logits by it, before log_softmax",
     ),
     # labels
-    ("target targets y_true", "labels", "logits_p"),
-    ("label y target_labels target_y onehot_labels", "labels"),
+    ("target targets y_true", "labels", "logits_p", "indices"),
+    ("label y target_labels target_y onehot_labels", "labels", "indices"),
     ("shift_labels", "labels", *NO_SHIFT),
-    ("labels", *LEFT_OUT[1:], "tokens: pass the tokens"),
+    ("labels", *LEFT_OUT[1:], "tokens: pass the tokens", "indices"),
     ("shift", *NO_SHIFT),
     ("ignore_index ignored_index ignore_class", "ignore_index", *LEFT_OUT),
     ("pad_token_id pad_id padding_idx label_pad_token_id", "ignore_index", *LEFT_OUT),

@@ -1,6 +1,7 @@
 """Checks of labels at trace time. Dtype and shape tell indices from probabilities; an error says what to do."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -104,6 +105,38 @@ def _sparse_labels(function: str, labels: SparseLabels, shape: tuple[int, ...]) 
             f"{probabilities.shape}"
         )
     return EntryLabels(indices=_at_least_32_bits(indices), probabilities=probabilities)
+
+
+def class_indices(function: str, given: object, shape: tuple[int, ...]) -> Array:
+    """Indices of k classes of each position, as int32. An index that has no class keeps that property."""
+    indices = checks.array(function, "indices", _in_32_bits(given))
+    if not jnp.issubdtype(indices.dtype, jnp.integer):
+        raise TypeError(
+            f"{function}: indices must be integers (class indices), got {indices.dtype}; convert them with "
+            ".astype(jnp.int32)"
+        )
+    if indices.ndim != len(shape) + 1 or indices.shape[:-1] != shape or indices.shape[-1] == 0:
+        remedy = ""
+        if indices.shape == shape:
+            remedy = "; for one class of each position pass indices[..., None]"
+        elif indices.ndim == 1 and indices.shape[-1] != 0:
+            remedy = f"; for the same classes at each position pass jnp.broadcast_to(indices, {(*shape, indices.size)})"
+        raise ValueError(
+            f"{function}: indices must have the leading shape of hidden and a last axis of at least one class, "
+            f"{(*shape, 'k')}, got {indices.shape}{remedy}"
+        )
+    if indices.dtype.itemsize > 4 or indices.dtype == jnp.uint32:
+        kind = jnp.iinfo(indices.dtype)
+        indices = jnp.clip(indices, max(kind.min, -(2**31)), 2**31 - 1)
+    return indices.astype(jnp.int32)
+
+
+def number_of_classes(function: str, k: object, classes: Any) -> int:
+    """`k`, at most the number of classes, unless that is symbolic."""
+    number = checks.positive(function, "k", k)
+    if isinstance(classes, int) and number > classes:
+        raise ValueError(f"{function}: k must be at most the number of classes, {classes}, got {number}")
+    return number
 
 
 def binary_labels(function: str, logits: Array, given: object) -> Array:

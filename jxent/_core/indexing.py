@@ -7,7 +7,7 @@ from jax import Array, lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Bool, Int
 
-from jxent._core.shards import AxisNames, by_compiler, partitions, sharded_like, total
+from jxent._core.shards import AxisNames, by_compiler, cast, partitions, sharded_like, total, varying
 
 
 def out_of_range(index: Int[Array, "*shape"], classes: int) -> Bool[Array, "*shape"]:
@@ -27,6 +27,15 @@ def at_index(values: Array, index: Int[Array, "*row"], axis: int, axis_name: Axi
         return pick(values, index, axis)
     inside = jnp.clip(index, 0, values.shape[axis] - 1)
     return total(jnp.where(index == inside, pick(values, inside, axis), 0), axis_name)
+
+
+def first_of_equals(index: Int[Array, "*entries"], axis: int) -> Bool[Array, "*entries"]:
+    """Whether no earlier index along the axis is the same."""
+    places = lax.broadcasted_iota(jnp.int32, index.shape, axis)
+    places = cast(sharded_like(places, index), varying(index))
+    ordered, places = lax.sort((index, places), dimension=axis, num_keys=1)
+    first = (ordered != jnp.roll(ordered, 1, axis)) | (lax.broadcasted_iota(jnp.int32, index.shape, axis) == 0)
+    return lax.sort((places, first), dimension=axis, num_keys=1)[1]
 
 
 def first_largest(values: Array, axis: int) -> Int[Array, "*row"]:

@@ -67,6 +67,21 @@ class OutOfRange(Fault):
 
 
 @dataclass(frozen=True, kw_only=True)
+class NoSuchClass(OutOfRange):
+    """Indices of `linear_log_probs` that no class has, except -1."""
+
+    @property
+    def message(self) -> str:
+        return (
+            f"{self.function}: index {{value}} is out of range for {self.classes} classes, at {{index}}; indices must "
+            f"be in [0, {self.classes}), or -1 for no class"
+        )
+
+    def look(self, array: Array, mask: Array | None) -> tuple[Array, Array]:
+        return _where_kept(out_of_range(array, self.classes) & (array != -1), mask), array
+
+
+@dataclass(frozen=True, kw_only=True)
 class NotFinite(Fault):
     function: str
     name: str

@@ -103,22 +103,20 @@ class EntryLabels(Labels):
         return total(jnp.sum(bad, classes.axis, keepdims=True), classes.shards.axis_name) > 0
 
     def cost(self, classes: ClassAxis, class_weight: Array | None) -> LabelCost:
-        return EntryCost(Entries.of(self, classes), class_weight)
+        return EntryCost(Entries.of(self.indices, classes), self.probabilities, class_weight)
 
 
 class Entries(NamedTuple):
-    """The entries of sparse labels, on one shard of the classes. The arrays have size k along the class axis."""
+    """A few classes of each position, on one shard of the classes. The index has size k along the class axis."""
 
     class_index: Int[Array, "*entries"]  # from this shard's first class; out of its range for a class of another shard
-    probability: Float[Array, "*entries"]
     classes: ClassAxis
 
     @classmethod
-    def of(cls, labels: EntryLabels, classes: ClassAxis) -> Self:
-        """The entries of the labels. An index out of range of all classes becomes -1, so that no shard has it."""
-        none = out_of_range(labels.indices, classes.number)
-        index = jnp.where(none, -1, local_index(labels.indices, classes.offset))
-        return cls(class_index=index, probability=labels.probabilities, classes=classes)
+    def of(cls, indices: Int[Array, "*entries"], classes: ClassAxis) -> Self:
+        """The entries with these class indices. An index out of range of all classes becomes -1: no shard has it."""
+        none = out_of_range(indices, classes.number)
+        return cls(class_index=jnp.where(none, -1, local_index(indices, classes.offset)), classes=classes)
 
     def at(self, values: Array) -> Array:
         """The values at the entries; arbitrary values for a class of another shard."""
@@ -137,6 +135,10 @@ class Entries(NamedTuple):
         dimensions = ScatterDimensionNumbers((), (axis,), (axis,), positions, positions)
         add = partial(scatter_add, dimension_numbers=dimensions, mode="promise_in_bounds")
         return by_compiler(add, jax.typeof(array).sharding.spec, array, index, values)
+
+    def collected(self, values: Array) -> Array:
+        """The values at the entries, from the shards that have them; 0 for an index that no shard has."""
+        return total(self.here(self.at(values)), self.classes.shards.axis_name)
 
     def summed(self, values: Array) -> Row:
         """The sum over the entries of all shards."""
@@ -159,8 +161,8 @@ class EntryCost(LabelCost):
     shares at the entries.
     """
 
-    def __init__(self, entries: Entries, class_weight: Array | None) -> None:
-        self.entries, self.class_weight = entries, class_weight
+    def __init__(self, entries: Entries, probability: Array, class_weight: Array | None) -> None:
+        self.entries, self.probability, self.class_weight = entries, probability, class_weight
 
     def _weighted(self, passes_or_class: Passes | Class, values: Array) -> Array:
         """The values of the entries times the weights of their classes."""
@@ -175,7 +177,7 @@ class EntryCost(LabelCost):
         If the share is 0, an infinite -log p becomes 0: a masked class without a share does not count as a class.
         """
         x, log_z = self.entries.at(known(passes.arrays.logits)), passes.arrays.log_z
-        share = self.entries.here(self._weighted(passes, self.entries.probability.astype(passes.dtype)))
+        share = self.entries.here(self._weighted(passes, self.probability.astype(passes.dtype)))
         cost = -x.astype(passes.dtype) if log_z is None else log_z - passes.z_of(x)
         return x, share, jnp.where((share == 0) & (cost == jnp.inf), 0, cost)
 
@@ -215,7 +217,7 @@ class EntryCost(LabelCost):
     def to_class_weight(self, c: Class, rows: EntryRows) -> Array | None:
         if self.class_weight is None:
             return None
-        paid = rows.cotangent * self.entries.probability.astype(rows.cost.dtype) * rows.cost
+        paid = rows.cotangent * self.probability.astype(rows.cost.dtype) * rows.cost
         return self.entries.add_to(jnp.zeros_like(known(c.arrays.logits), rows.cost.dtype), paid)
 
     def tangent(self, passes: Passes, kept: Row | None, moved: Moved) -> Row:
@@ -229,5 +231,5 @@ class EntryCost(LabelCost):
             parts.append(self._weighted(passes, moved.entries.astype(passes.dtype)) * cost)
         if self.class_weight is not None and moving.weight is not None:
             dweight = self.entries.at(jnp.broadcast_to(moving.weight, known(passes.arrays.logits).shape))
-            parts.append(self.entries.probability.astype(passes.dtype) * dweight * cost)
+            parts.append(self.probability.astype(passes.dtype) * dweight * cost)
         return self.entries.summed(self.entries.here(sum(parts[1:], parts[0])))

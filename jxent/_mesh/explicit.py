@@ -55,5 +55,5 @@ def swept_by_types(
             axis_names = frozenset(mesh.explicit_axes)  # JAX 0.10 then needs all of them
     shards = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=axis_names)
     out, gradients = shards(*arrays)
-    out = jax.tree.map(lambda row: sharded_as_positions(row, inputs.hidden, row.ndim), out)
+    out = jax.tree.map(lambda row: sharded_as_positions(row, inputs.hidden, inputs.hidden.ndim - 1), out)
     return out, {name: gradient_like(gradient, given.array(name)) for name, gradient in gradients.items()}

@@ -1,12 +1,14 @@
 """The axes of a mesh that shard each dimension while a device sweeps over its shards, from the arrays' shardings.
 
 Dimensions have names. p0, p1, ... are those of the positions, and h is that of the hidden states' features. f and v are
-the features and the vocabulary of the kernel, df and dv those of its gradient. k is that of the entries of sparse
-labels. In a divergence, hp, fp, dfp and dvp are the dimensions of P, whose kernel has the same v.
+the features and the vocabulary of the kernel, df and dv those of its gradient. k is that of a few classes of each
+position, as in sparse labels. In a divergence, hp, fp, dfp and dvp are the dimensions of P, whose kernel has the same
+v.
 """
 
 import math
 from collections.abc import Container, Iterable, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -37,9 +39,15 @@ def dimensions(
         "hidden_p": (*positions, "hp"),
         "kernel_p": ("fp", "v") if vocab_axis_p else ("v", "fp"),
         "bias_p": ("v",),
+        "indices": (*positions, "k"),
     }
     there: dict[str, Any] = {name: None if array is None else names[name] for name, array in inputs._asdict().items()}
-    return Inputs(**there), jax.tree.map(lambda _: positions, coefficients)
+    return Inputs(**there), jax.tree.map(partial(_of_result, positions), coefficients)
+
+
+def _of_result(positions: Dimensions, array: Any) -> Dimensions:
+    """The dimensions of a cost, its coefficient or the prediction: those of the positions, and perhaps of entries."""
+    return (*positions, "k")[: len(array.shape)]
 
 
 def result_dimensions(arguments: tuple[Inputs, Any], out: Any, gradients: dict[str, Any]) -> tuple[Any, Any]:
@@ -51,7 +59,7 @@ def result_dimensions(arguments: tuple[Inputs, Any], out: Any, gradients: dict[s
     if "kernel_p" in names:
         names["kernel_p"] = tuple(_end_of_p(name) for name in names["kernel_p"])
     hidden: Any = inputs.hidden
-    return jax.tree.map(lambda _: hidden[:-1], out), names
+    return jax.tree.map(partial(_of_result, hidden[:-1]), out), names
 
 
 def _end_of_p(name: str) -> str:

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from jxent._core.dtypes import compute_dtype
 from jxent._core.forward_mode import moving_where
 from jxent._core.reports import report_values
-from jxent._core.shards import ClassAxis, Shards, cast_alike, sharded_like
+from jxent._core.shards import ClassAxis, Shards, cast, cast_alike, sharded_like, varying
 from jxent._core.weights import only, product_of
 from jxent._labels.labels import Labels
 from jxent._rows.costs import Coefficient, Scalars
@@ -39,6 +39,7 @@ class RowInputs:
     temperature: Float[Array, ""] | Row | None = None  # divides all logits, or those of each position; None for 1
     mask: Bool[Array, "*row"] | None = None  # False at masked positions, which reach no gradient
     class_offset: Int[Array, ""] | None = None  # the class that this shard begins with; None if there are no shards
+    indices: Int[Array, "*entries"] | None = None  # k classes of each position; the same on every shard
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -66,7 +67,8 @@ class Objective(abc.ABC):
 
     An implementor is a frozen, hashable dataclass with fields `axis` (the class axis) and `shards` (of the classes).
     `jxent._objective.rule` makes differentiable functions of an objective, for given logits and for the logits of one
-    block of positions (`jxent._sweep`). All arrays of positions are row arrays (`passes`). Masked positions may contain
+    block of positions (`jxent._sweep`). All arrays of positions are row arrays (`passes`), except costs with several
+    `entries`, which only a sweep takes, with the classes on the last axis. Masked positions may contain
     anything, also NaN. The rule takes their costs and gradients out, and no derivative may depend on them.
     """
 
@@ -82,6 +84,21 @@ class Objective(abc.ABC):
     @abc.abstractmethod
     def names(self) -> tuple[str, ...]:
         """The names of all costs that `forward` returns."""
+
+    def entries(self, name: str) -> int:
+        """The size along the class axis of the cost with this name, or of the `prediction`; 0 for a row array."""
+        del name
+        return 0
+
+    def predicts(self, indices: Any) -> bool:
+        """Whether `forward` returns a prediction, for inputs with these `RowInputs.indices`."""
+        del indices
+        return self.stats
+
+    def known_indices(self, indices: Any, prediction: Array | None) -> Any:
+        """The indices with which the costs have the same derivatives, now that the prediction is known."""
+        del prediction
+        return indices
 
     @abc.abstractmethod
     def forward(self, inputs: Any, save_exp: bool) -> tuple[tuple[Costs, Int[Array, "*row"] | None], Any]:
@@ -141,16 +158,16 @@ class Objective(abc.ABC):
 
     def cast_alike(self, inputs: RowInputs) -> RowInputs:
         """The inputs, as `shards.cast_alike` casts them. A gradient must vary over a mesh as its array does."""
-        of_classes = inputs.replace(labels=None, mask=None, class_offset=None)
+        of_classes = inputs.replace(labels=None, mask=None, class_offset=None, indices=None)
         temperature = None
         if not self.temperature_gradient_is_a_share:
             of_classes, temperature = of_classes.replace(temperature=None), inputs.temperature
-        labels, of_classes, (mask, temperature) = cast_alike(
-            self.shards, inputs.labels, of_classes, (inputs.mask, temperature)
+        labels, of_classes, (mask, temperature, indices) = cast_alike(
+            self.shards, inputs.labels, of_classes, (inputs.mask, temperature, inputs.indices)
         )
         if not self.temperature_gradient_is_a_share:
             of_classes = of_classes.replace(temperature=temperature)
-        return of_classes.replace(labels=labels, mask=mask, class_offset=inputs.class_offset)
+        return of_classes.replace(labels=labels, mask=mask, class_offset=inputs.class_offset, indices=indices)
 
     def classes(self, size: int, offset: Int[Array, ""] | None) -> ClassAxis:
         return ClassAxis(axis=self.axis, size=size, shards=self.shards, offset=offset)
@@ -195,7 +212,8 @@ def temperature_row(inputs: RowInputs) -> Row | None:
     if row is None or mask is None or known(inputs.temperature).ndim:
         return row
     # Otherwise second derivatives at masked positions, which may be NaN, would reach the scalar.
-    return moving_where(mask, sharded_like(jnp.broadcast_to(row, mask.shape), mask))
+    row = cast(sharded_like(jnp.broadcast_to(row, mask.shape), mask), varying(mask))
+    return moving_where(mask, row)
 
 
 def known_labels(inputs: RowInputs) -> Labels:

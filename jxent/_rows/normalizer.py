@@ -58,15 +58,21 @@ def normalizer(
     dtype: jnp.dtype,
     save_exp: bool = False,
     axis_name: AxisNames = (),
+    row_max: Row | None = None,
 ) -> Normalizer:
     """The `Normalizer` of the logits over the class axes.
 
     `label` is (the class to leave out of the sum, its logit), both row arrays. None leaves out the maximum. With
-    `save_exp` the exponentials are computed once and kept, in an array of the logits' size.
+    `save_exp` the exponentials are computed once and kept, in an array of the logits' size. If the largest
+    logit is given as `row_max`, two passes are saved. Then log_z may lose digits if it is close to 0. Its derivatives
+    are exact all the same.
     """
     # The maximum is taken before the upcast. After it, both passes would read one upcast copy, which would be stored.
-    initial = -jnp.inf if 0 in logits.shape else None
-    row_max = largest(jnp.max(logits, axis, keepdims=True, initial=initial), axis_name).astype(dtype)
+    top = row_max
+    if top is None:
+        initial = -jnp.inf if 0 in logits.shape else None
+        top = largest(jnp.max(logits, axis, keepdims=True, initial=initial), axis_name)
+    known_max, row_max = row_max is not None, top.astype(dtype)
     empty = row_max == -jnp.inf
     row_max = jnp.where(empty, 0, row_max)
     passes = Passes(
@@ -81,6 +87,8 @@ def normalizer(
     if label is not None:
         index, logit = label
         rest = add_up(but=index) + jnp.expm1(passes.z_of(rounded(logit.astype(dtype), jnp.ones((), dtype))))
+    elif known_max:
+        rest = add_up() - 1
     else:
         everything = add_up()
         below = passes.sum(lambda c: c.exp_z * below_top_of_exponentials(c.exp_z, c.one))
@@ -112,7 +120,8 @@ def _normalizer_jvp(
     primals: Any,
     tangents: Any,
 ) -> tuple[Normalizer, Normalizer]:
-    out = normalizer(*primals, axis, cap, dtype, save_exp, axis_name)
+    logits, label, temperature, row_max = primals
+    out = normalizer(logits, label, temperature, axis, cap, dtype, save_exp, axis_name, row_max)
     shards = shards_of(axis_name)
 
     def passes_of(residuals: Sequence[Array], moving: Moving | None = None) -> Passes:
@@ -154,7 +163,7 @@ def _normalizer_jvp(
         shared = tuple(a for a, size in enumerate(temperature[0].shape) if size == 1)
         return [to_logits, jnp.sum(to_temperature, shared, keepdims=True)]
 
-    (logits, _, temperature), (dlogits, _, dtemperature) = primals, tangents
+    dlogits, _, dtemperature, _ = tangents
     residuals, directions = [logits, out.row_max, out.log_z], [dlogits]
     if temperature is not None:
         residuals, directions = [*residuals, temperature], [*directions, dtemperature]

@@ -1,12 +1,13 @@
-"""The class with the largest logit."""
+"""The class with the largest logit, and the k classes with the largest logits."""
 
 import jax.numpy as jnp
 from jax import Array, lax
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
+from jxent._backend.backend import Backend
 from jxent._backend.platform import by_platform, itself
 from jxent._core.indexing import pick
-from jxent._core.shards import ClassAxis, largest, smallest
+from jxent._core.shards import ClassAxis, cast, largest, smallest, total, varying
 from jxent._rows.passes import blockable
 
 
@@ -21,3 +22,39 @@ def largest_class(logits: Array, classes: ClassAxis) -> Int[Array, "*row"]:
     value = jnp.where(jnp.isnan(value), jnp.inf, value)
     best = value == largest(value, axis_name)
     return smallest(jnp.where(best, here + classes.offset, jnp.iinfo(jnp.int32).max), axis_name)
+
+
+def largest_classes(logits: Array, k: int, classes: ClassAxis) -> tuple[Int[Array, "*entries"], Float[Array, "*row"]]:
+    """(the k classes with the largest logits in falling order, the largest logit of the others).
+
+    Of equal logits, the first class is first. The classes are the last axis, and the indices int32. If there are no
+    others, their largest logit is -inf. If the classes are sharded, each shard sends its k + 1 largest logits.
+    """
+    logits, number, axis = lax.stop_gradient(logits), blockable(logits, classes.axis), classes.axis
+    one_more = min(k + 1, classes.number)
+    of_shard = min(one_more, classes.size)
+
+    def top_k(backend: Backend, logits: Array) -> tuple[Array, Array]:
+        return backend.top_k(logits, of_shard, number)
+
+    values, here = by_platform(itself, top_k, logits)
+
+    def with_rest(values: Array, indices: Array) -> tuple[Array, Array]:
+        if one_more == k:
+            return indices, jnp.full_like(lax.slice_in_dim(values, 0, 1, axis=axis), -jnp.inf)
+        return lax.slice_in_dim(indices, 0, k, axis=axis), lax.slice_in_dim(values, k, k + 1, axis=axis)
+
+    if classes.offset is None:
+        return with_rest(values, here)
+    place = classes.offset // classes.size * of_shard
+
+    def of_all(mine: Array) -> Array:
+        """The arrays of all shards, one after the other."""
+        nothing = jnp.zeros((*mine.shape[:-1], classes.shards.number * of_shard), mine.dtype)
+        nothing = cast(nothing, varying(mine))
+        placed = lax.dynamic_update_slice_in_dim(nothing, mine, place, axis)
+        return total(placed, classes.shards.axis_name)
+
+    # Of equal logits, those of an earlier shard come first, as they do in `lax.top_k` of all logits.
+    values, at = lax.top_k(of_all(values), one_more)
+    return with_rest(values, pick(of_all(here + classes.offset), at, axis))

@@ -49,6 +49,7 @@ class Inputs(NamedTuple):
     hidden_p: Float[Array, "*positions features_p"] | None = None
     kernel_p: Float[Array, "rows_p columns_p"] | None = None
     bias_p: Float[Array, " vocab"] | None = None
+    indices: Int[Array, "*positions k"] | None = None  # see `RowInputs`
 
     def array(self, name: str) -> Any:
         """The array (or gradient) of this name; for labels, the one array that they have."""
@@ -70,16 +71,16 @@ class Inputs(NamedTuple):
 
 
 class Swept(NamedTuple):
-    """Results of a sweep for each position, as arrays of the positions' shape."""
+    """Results of a sweep for each position: arrays of the positions' shape, with one more axis for several entries."""
 
     costs: dict[str, Array]  # by name
-    prediction: Array | None  # if statistics are wanted
+    prediction: Array | None  # see `Objective.predicts`
 
 
 Gradients = dict[str, Array]
 """Gradients by the names of the fields of `Inputs`."""
 
-POSITIONAL = ("hidden", "labels", "mask", "hidden_p")
+POSITIONAL = ("hidden", "labels", "mask", "hidden_p", "indices")
 """The fields of `Inputs` that always have the axes of the positions."""
 
 
@@ -146,6 +147,7 @@ def block_of(
         temperature=known(temperature)[..., None] if by_position else temperature,
         mask=row_mask,
         class_offset=inputs.class_offset,
+        indices=inputs.indices,
     ).without_masked()  # masked hidden states are 0 above, but masked label probabilities may be NaN
     if wrt:
         # The gradient by a temperature needs the logits. Exponentials would be one more array of their size.
@@ -157,12 +159,20 @@ def block_of(
         static = BlockOf(objective=objective, save_exp=backend.saves_exp)
         with jax.named_scope("rows"):
             out, residuals = costs_of_block(static, of_block), None
-    costs, prediction = jax.tree.map(lambda row: only(inputs.mask, row[..., 0]), out)
+    entries: Any = {name: objective.entries(name) for name in out[0]}, objective.entries("prediction")
+
+    def as_positions(row: Array, entries: int) -> Array:
+        return only(row_mask, row) if entries else only(inputs.mask, row[..., 0])
+
+    costs, prediction = jax.tree.map(as_positions, out, entries if out[1] is not None else (entries[0], None))
     swept = Swept(costs=costs, prediction=prediction)
     if residuals is None:
         return swept, {}
 
-    to_costs = {name: c[..., None].astype(swept.costs[name].dtype) for name, c in coefficients.items()}
+    to_costs = {
+        name: (c if objective.entries(name) else c[..., None]).astype(swept.costs[name].dtype)
+        for name, c in coefficients.items()
+    }
     with jax.named_scope("logits_gradient"):
         to_rows = objective.backward(residuals, to_costs)
     gradients = layer.gradients(wrt, to_rows.logits, backend, precision)

@@ -52,7 +52,7 @@ def _float16_scale(sweep: Sweep, inputs: Inputs, coefficients: Coefficients) -> 
 
     def largest_of(name: str, coefficient: Array) -> Array:
         if temperature is not None and by_position:
-            coefficient = coefficient / temperature.astype(dtype)
+            coefficient = coefficient / _with_axes(coefficient.ndim, temperature.astype(dtype))
         size = jnp.max(jnp.abs(coefficient), initial=0).astype(dtype) * objective.largest_gradient(name)
         if inputs.class_weight is None or not objective.takes_class_weight(name, inputs.labels):
             return size
@@ -111,10 +111,17 @@ def swept_shapes(sweep: Sweep, wrt: tuple[str, ...], inputs: Any) -> Any:
         class_weight=inputs.class_weight,
         temperature=inputs.temperature,
     )
-    prediction: Any = jax.ShapeDtypeStruct(shape, jnp.int32) if sweep.objective.stats else None
+    objective, prediction = sweep.objective, None
+
+    def result(name: str, dtype: Any) -> Any:
+        entries = objective.entries(name)
+        return jax.ShapeDtypeStruct((*shape, entries) if entries else shape, dtype)
+
+    if objective.predicts(inputs.indices):
+        prediction: Any = result("prediction", jnp.int32)
     gradients = {name: inputs.array(name) for name in wrt}
     return (
-        Swept(costs={name: array(shape, of_block.dtype) for name in sweep.objective.names}, prediction=prediction),
+        Swept(costs={name: result(name, of_block.dtype) for name in objective.names}, prediction=prediction),
         {name: jax.ShapeDtypeStruct(like.shape, _storable(name, like.dtype)) for name, like in gradients.items()},
     )
 
@@ -177,7 +184,7 @@ def _all_blocks(blocks: Blocks, block: OneBlock, arrays: Any) -> tuple[Any, Grad
         part, weights = jax.tree.map(partial(take, blocks, i), arrays)
         repeated = not_repeated(blocks, i)
         if repeated is not None:
-            weights = jax.tree.map(lambda c: jnp.where(repeated, c, 0), weights)
+            weights = jax.tree.map(lambda c: jnp.where(_with_axes(c.ndim, repeated), c, 0), weights)
         return block(part, weights)
 
     # The jit traces a block once, for the shapes and for the loop. A gradient of the loop computes a block again.
@@ -188,6 +195,11 @@ def _all_blocks(blocks: Blocks, block: OneBlock, arrays: Any) -> tuple[Any, Grad
 
     each, sums = jax.eval_shape(traced_once, 0)
     return lax.fori_loop(0, blocks.number, step, (_zeros(blocks.shape, each), _zeros((), sums)))
+
+
+def _with_axes(ndim: int, array: Array) -> Array:
+    """The array with further axes of size 1 at its end, `ndim` in all."""
+    return array if array.ndim == ndim else array.reshape(*array.shape, *[1] * (ndim - array.ndim))
 
 
 def _unmasked_blocks(
