@@ -7,6 +7,7 @@ from jxent._labels.sparse import SparseLabels
 from jxent._linear_cross_entropy import linear_cross_entropy
 from jxent._linear_divergences import linear_js_divergence, linear_kl_divergence, linear_tv_distance
 from jxent._linear_log_probs import ClassLogProbs, linear_log_probs, linear_top_k
+from jxent._linear_sigmoid_cross_entropy import linear_sigmoid_cross_entropy
 from jxent._next_token import next_token_labels
 from jxent._nll_loss import nll_loss
 from jxent._sigmoid_cross_entropy import sigmoid_cross_entropy
@@ -23,6 +24,7 @@ __all__ = [
     "linear_js_divergence",
     "linear_kl_divergence",
     "linear_log_probs",
+    "linear_sigmoid_cross_entropy",
     "linear_top_k",
     "linear_tv_distance",
     "log_softmax",

@@ -7,11 +7,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jxent._call import checks, label_checks
-from jxent._call.annotations import ArrayLike, Reduction
-from jxent._call.axis_names import Over
-from jxent._call.jitted import jitted
+from jxent._call.annotations import ArrayLike, AxisName, Reduction
+from jxent._call.axis_names import Sharded, mesh_axes
+from jxent._call.loss import weight_dimensions
 from jxent._call.names import known_names
 from jxent._call.options import Options, Weights, options_of, scalars_of, traced_of
+from jxent._call.placement import placed
 from jxent._call.positions import denominator, positions_of, reduced
 from jxent._core.dtypes import compute_dtype
 from jxent._core.reports import NotShare, report, report_values
@@ -31,6 +32,7 @@ def sigmoid_cross_entropy(
     where: Bool[ArrayLike, "*#shape"] | None = None,
     label_smoothing: Float[ArrayLike, ""] = 0.0,
     reduction: Reduction = "mean",
+    batch_axis_name: AxisName | None = None,
 ) -> Float[Array, "..."]:
     r"""Binary cross-entropy between logits and labels, each logit a yes or no of its own, in nats.
 
@@ -51,7 +53,10 @@ def sigmoid_cross_entropy(
         floating-point scalar array is traced, and its value is not checked.
       reduction: ``"mean"`` divides the sum by the number of unmasked positions, or by the sum of their `sample_weight`
         (PyTorch's mean divides by their number even then). ``"sum"`` does not divide, and ``"none"`` gives each
-        position's loss. Inside `jax.shard_map`, the positions are this shard's.
+        position's loss.
+      batch_axis_name: the mesh axis or axes over which the positions, all axes of `logits`, are sharded, as in
+        `cross_entropy`. Inside `jax.shard_map`, the mean and the sum are then those of all shards. Without it, they
+        are those of this shard.
 
     Returns:
       The loss in float32, or in float64 if an input is: a scalar, or for ``reduction="none"`` the shape of `logits`.
@@ -81,9 +86,13 @@ def sigmoid_cross_entropy(
     arrays = logits, labels, pos_weight, scalars.label_smoothing
     dtype = compute_dtype(*(array.dtype for array in arrays if isinstance(array, jax.Array)))
     objective = SigmoidCrossEntropy(dtype=dtype)
-    options = options_of(name, "logits", objective=objective, over=Over(), scalars=scalars, reduction=reduction)
+    axes = tuple(range(logits.ndim))
+    classes, positions = (Sharded(name="logits", array=logits, axes=sharded) for sharded in ((), axes))
+    over = mesh_axes(name, None, classes, batch_axis_name, positions, reduction)
+    options = options_of(name, "logits", objective=objective, over=over, scalars=scalars, reduction=reduction)
     weights = Weights(class_weight=None, sample_weight=sample_weight, where=where, scalars=traced_of(scalars))
-    return jitted(name, _loss, (0,))(options, logits, labels, pos_weight, weights)
+    dimensions = axes, axes, axes, weight_dimensions(weights, axes)
+    return placed(name, over.placement, _loss, (options,), (logits, labels, pos_weight, weights), dimensions)
 
 
 def _loss(

@@ -215,6 +215,15 @@ def per_class(function: str, name: str, value: Any, classes: int, dtype: Any) ->
     return value
 
 
+def number_or_per_class(function: str, name: str, value: Any, classes: int, dtype: Any) -> Array | None:
+    value = real(function, name, value, dtype)
+    if value is not None and value.shape not in ((), (classes,)):
+        raise ValueError(
+            f"{function}: {name} must be a number or have one entry per class, shape {(classes,)}, got {value.shape}"
+        )
+    return value
+
+
 def positive(function: str, name: str, value: Any) -> int:
     value = integer(function, name, value)
     if value < 1:

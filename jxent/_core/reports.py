@@ -139,17 +139,17 @@ class NotOne(Fault):
     def look(self, array: Array, mask: Array | None) -> tuple[Array, Array]:
         sums = jnp.sum(array, self.axis, keepdims=True, dtype=jnp.float32)
         sums = total(sums, self.axis_name)
-        bad = _where_kept(jnp.abs(sums - 1) > _rounding_of(array.dtype), mask)
+        bad = _where_kept(jnp.abs(sums - 1) > rounding_of(array.dtype), mask)
         return jnp.squeeze(bad, self.axis), jnp.squeeze(sums, self.axis)
 
 
 def is_no_share(labels: Array) -> Bool[Array, "*shape"]:
     """Where a floating-point label is outside of [0, 1], by more than rounding."""
-    rounding = _rounding_of(labels.dtype)
+    rounding = rounding_of(labels.dtype)
     return (labels < -rounding) | (labels > 1 + rounding)
 
 
-def _rounding_of(dtype: Any) -> float:
+def rounding_of(dtype: Any) -> float:
     """The error that is allowed for probabilities or their sum."""
     return max(1e-3, 4 * float(jnp.finfo(dtype).eps))
 

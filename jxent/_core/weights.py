@@ -40,6 +40,15 @@ def weighted(weight: Any, costs: Any) -> Array:
     return weight * jnp.where((weight == 0) & (costs == jnp.inf), 0, costs)
 
 
+def times(weight: Array | None, values: Array) -> Array:
+    """weight * values, with 0 * inf = inf * 0 = 0; None for 1."""
+    if weight is None:
+        return values
+    nothing = ((weight == 0) & jnp.isinf(values)) | (jnp.isinf(weight) & (values == 0))
+    weight, values = (jnp.where(nothing, 0, factor) for factor in (weight, values))
+    return weight * values
+
+
 def weigh(coefficients: Mapping[str, Any], costs: Any) -> Array:
     """The losses of the positions: the sum of each coefficient times the cost with its name."""
     return functools.reduce(jnp.add, [weighted(coefficient, costs[name]) for name, coefficient in coefficients.items()])

@@ -64,7 +64,7 @@ class IndexLabels(Labels):
     def sharded_as_positions(self, array: Array, axis: int) -> Self:
         return replace(self, indices=sharded_as_positions(self.indices, array, axis))
 
-    def reported(self, function: str, mask: Mask, classes: ClassAxis) -> Self:
+    def reported(self, function: str, mask: Mask, classes: ClassAxis, distribution: bool = True) -> Self:
         """Masked positions are checked too. The caller must have replaced their labels, by `without_masked`."""
         of_range = OutOfRange(function=function, classes=classes.number)
         return replace(self, indices=report(of_range, self.indices, self.indices))

@@ -1,6 +1,7 @@
 """The contract of a kind of labels, with defaults that several kinds share."""
 
 import abc
+from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
 from jax import Array
@@ -86,8 +87,11 @@ class Labels(abc.ABC):
         return self
 
     @abc.abstractmethod
-    def reported(self, function: str, mask: Mask, classes: ClassAxis) -> Self:
-        """The labels, with `checkify` reports of their faults."""
+    def reported(self, function: str, mask: Mask, classes: ClassAxis, distribution: bool = True) -> Self:
+        """The labels, with `checkify` reports of their faults.
+
+        The probabilities are a `distribution` over the classes. Otherwise each one is the share of a yes, in [0, 1].
+        """
 
     @abc.abstractmethod
     def largest(self, classes: ClassAxis) -> Int[Array, "*positions"]:
@@ -108,6 +112,22 @@ class Labels(abc.ABC):
     def dense(self) -> Array | None:
         """Probabilities with the logits' shape, for `Arrays.q`; None if the labels have no such array."""
         return None
+
+    def of_each_class(self, logits: Array, classes: ClassAxis, dtype: Any) -> Array | None:
+        """The probability of each class, in the logits' shape; None for labels with an `index`.
+
+        Sparse probabilities are added to an array of zeros, in `dtype`.
+        """
+        del logits, classes, dtype
+        return self.dense
+
+    def by_array(self, function: Callable[..., Array], classes: ClassAxis, *values: Array) -> Array:
+        """``function(*values)`` at the classes of `array`, with 0 for a class of another shard.
+
+        The values have the logits' shape. Labels with an `index` have no such classes.
+        """
+        del classes
+        return function(*values)
 
     def index(self, classes: ClassAxis) -> Int[Array, "*row"] | None:
         """The class of each position, clipped to the range of all classes and counted from this shard's first class.

@@ -9,7 +9,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from jxent._core.forward_mode import moving_where
-from jxent._core.reports import Negative, NotFinite, NotOne, report
+from jxent._core.reports import Negative, NotFinite, NotOne, NotShare, report
 from jxent._core.shards import ClassAxis, sharded_like
 from jxent._labels.labels import Labels, Mask
 from jxent._rows.costs import LabelCost, TargetCost
@@ -47,13 +47,14 @@ class ProbabilityLabels(Labels):
     def sharded_as_logits(self, logits: Array) -> Self:
         return replace(self, probabilities=sharded_like(self.probabilities, logits))
 
-    def reported(self, function: str, mask: Mask, classes: ClassAxis) -> Self:
+    def reported(self, function: str, mask: Mask, classes: ClassAxis, distribution: bool = True) -> Self:
         labels, axis, axis_name = self.probabilities, classes.axis, classes.shards.axis_name
         row_mask = None if mask is None else jnp.expand_dims(mask, axis)
+        not_one = NotOne(function=function, axis=axis - labels.ndim, axis_name=axis_name)
+        of_numbers = Negative(function=function), not_one
         for fault in (
             NotFinite(function=function, name="labels", masked=False),
-            Negative(function=function),
-            NotOne(function=function, axis=axis - labels.ndim, axis_name=axis_name),
+            *(of_numbers if distribution else (NotShare(function=function),)),
         ):
             labels = report(fault, labels, labels, row_mask)
         return replace(self, probabilities=labels)

@@ -1,5 +1,6 @@
 """Labels that give probabilities to a few classes of each position."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple, Self
@@ -14,13 +15,13 @@ from jaxtyping import Bool, Float, Int
 
 from jxent._core.forward_mode import moving_where
 from jxent._core.indexing import out_of_range, pick
-from jxent._core.reports import Negative, NotFinite, OutOfRange, report
+from jxent._core.reports import Negative, NotFinite, NotShare, OutOfRange, report
 from jxent._core.shards import ClassAxis, by_compiler, local_index, sharded_as_positions, total
 from jxent._labels.index import differs
 from jxent._labels.labels import Labels, Mask
 from jxent._rows import targets
 from jxent._rows.costs import Before, LabelCost, Moved
-from jxent._rows.passes import Class, Passes, Row, known
+from jxent._rows.passes import Class, Passes, Row, known, zeros_of
 from jxent._rows.terms import below_top, held
 
 
@@ -77,10 +78,11 @@ class EntryLabels(Labels):
         indices, probabilities = (sharded_as_positions(a, array, axis) for a in (self.indices, self.probabilities))
         return replace(self, indices=indices, probabilities=probabilities)
 
-    def reported(self, function: str, mask: Mask, classes: ClassAxis) -> Self:
+    def reported(self, function: str, mask: Mask, classes: ClassAxis, distribution: bool = True) -> Self:
         """No sum is checked, because sparse probabilities need not sum to 1."""
         labels, of_entries = self.probabilities, None if mask is None else mask[..., None]
-        for fault in (NotFinite(function=function, name="labels", masked=False), Negative(function=function)):
+        of_number = Negative(function=function) if distribution else NotShare(function=function)
+        for fault in (NotFinite(function=function, name="labels", masked=False), of_number):
             labels = report(fault, labels, labels, of_entries)
         used = labels != 0 if of_entries is None else (labels != 0) & of_entries
         of_range = OutOfRange(function=function, classes=classes.number)
@@ -96,6 +98,14 @@ class EntryLabels(Labels):
 
     def moving_where(self, mask: Row | None) -> Self:
         return self if mask is None else replace(self, probabilities=moving_where(mask, self.probabilities))
+
+    def of_each_class(self, logits: Array, classes: ClassAxis, dtype: Any) -> Array:
+        """If a class repeats, its probabilities add up."""
+        return Entries.of(self.indices, classes).add_to(zeros_of(logits, dtype), self.probabilities)
+
+    def by_array(self, function: Callable[..., Array], classes: ClassAxis, *values: Array) -> Array:
+        entries = Entries.of(self.indices, classes)
+        return entries.here(function(*map(entries.at, values)))
 
     def invalid(self, classes: ClassAxis) -> Bool[Array, "*row"]:
         """Whether any entry of the position has an index out of range and a probability other than 0."""

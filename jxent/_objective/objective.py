@@ -142,6 +142,11 @@ class Objective(abc.ABC):
         del name, labels
         return False
 
+    def least_class_weight(self, name: str) -> float:
+        """The smallest factor that the terms of the cost with this name have if class weights are smaller."""
+        del name
+        return 0
+
     def largest_gradient(self, name: str) -> float:
         """`Cost.largest_gradient` of the cost with this name."""
         del name

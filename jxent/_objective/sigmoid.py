@@ -28,7 +28,7 @@ from jxent._backend.fusion import barrier, unfused
 from jxent._core.forward_mode import moving_where
 from jxent._core.reports import is_no_share
 from jxent._core.shards import Shards
-from jxent._core.weights import only
+from jxent._core.weights import only, times
 from jxent._objective.objective import Costs, Objective
 from jxent._rows.terms import sigmoid, softplus
 
@@ -76,7 +76,7 @@ class SigmoidCrossEntropy(Objective):
 
     def forward(self, inputs: SigmoidInputs, save_exp: bool) -> tuple[tuple[Costs, None], Residuals]:
         x, w, a, b = _shares(self.dtype, inputs)
-        losses = _times(w, _paid(a, softplus(-x))) + _paid(b, softplus(x))
+        losses = times(w, _paid(a, softplus(-x))) + _paid(b, softplus(x))
         # Otherwise XLA:CPU stores five arrays instead of this one if a sum follows.
         return ({"label": unfused(losses)}, None), Residuals(inputs=inputs)
 
@@ -85,7 +85,7 @@ class SigmoidCrossEntropy(Objective):
         inputs, cotangent = barrier((residuals.inputs, cotangents["label"]))
         # All slopes except the one by the logits may be infinite, while the cotangent is 0 for a sample weight of 0.
         slopes = self._slopes(inputs)
-        gradients = jax.tree.map(partial(_times, cotangent), slopes).replace(logits=cotangent * slopes.logits)
+        gradients = jax.tree.map(partial(times, cotangent), slopes).replace(logits=cotangent * slopes.logits)
         if gradients.smoothing is not None:
             gradients = gradients.replace(smoothing=jnp.sum(gradients.smoothing))
         return gradients
@@ -108,7 +108,7 @@ class SigmoidCrossEntropy(Objective):
             to_smoothing = (0.5 - inputs.labels.astype(self.dtype)) * to_label
             to_label = (1 - inputs.smoothing.astype(self.dtype)) * to_label
         slopes = SigmoidInputs(
-            logits=b * sigmoid(x) - _times(w, a * sigmoid(-x)),
+            logits=b * sigmoid(x) - times(w, a * sigmoid(-x)),
             labels=to_label,
             pos_weight=None if w is None else _paid(a, softplus(-x)),
             smoothing=to_smoothing,
@@ -133,16 +133,7 @@ def _paid(share: Array, cost: Array) -> Array:
     return share * jnp.minimum(cost, most) * (1 + excess) * (1 + excess)
 
 
-def _times(weight: Array | None, values: Array) -> Array:
-    """weight * values, with 0 * inf = inf * 0 = 0; None for 1."""
-    if weight is None:
-        return values
-    nothing = ((weight == 0) & jnp.isinf(values)) | (jnp.isinf(weight) & (values == 0))
-    weight, values = (jnp.where(nothing, 0, factor) for factor in (weight, values))
-    return weight * values
-
-
 def _to_weighted_label(x: Array, w: Array) -> Array:
     """w s(-x) - s(x). With s(-x) = s(x) - x it needs only the smaller of s(x) and s(-x)."""
     below = x < 0
-    return _times(w - 1, softplus(jnp.where(below, x, -x))) + jnp.where(below, _times(w, jnp.maximum(-x, 0)), -x)
+    return times(w - 1, softplus(jnp.where(below, x, -x))) + jnp.where(below, times(w, jnp.maximum(-x, 0)), -x)

@@ -118,6 +118,11 @@ class Class:
         """See `Passes.normalized`."""
         return self.arrays.log_z is not None
 
+    @property
+    def x(self) -> Array:
+        """The logit itself, of formulas that have no softcap and no row maximum."""
+        return self._logit.astype(self.one.dtype)
+
     @cached_property
     def log_p(self) -> Array:
         """The log-probability: z - log_z, or the logit itself if log-probabilities are given."""
@@ -145,8 +150,8 @@ class Class:
 
     @cached_property
     def zero(self) -> Array:
-        """0 in the logits' shape, made from the logits so that it is sharded like them. For `Passes.map`."""
-        return jnp.where(self._logit < 0, jnp.zeros_like(self._logit, self.one.dtype), 0)
+        """0 in the logits' shape. For `Passes.map`."""
+        return zeros_of(self._logit, self.one.dtype)
 
     @property
     def masked(self) -> Array:
@@ -414,6 +419,11 @@ class Passes:
 
     def _blockable(self) -> int:
         return blockable(self.arrays.any, self.axis[0]) if len(self.axis) == 1 else 0
+
+
+def zeros_of(logits: Array, dtype: Any) -> Array:
+    """0 in the logits' shape, made from the logits so that it is sharded like them."""
+    return jnp.where(logits < 0, jnp.zeros_like(logits, dtype), 0)
 
 
 def blockable(array: Array, axis: int) -> int:

@@ -212,6 +212,31 @@ def _sigmoid_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
     return sigmoid(x), sigmoid(x) * sigmoid(-x) * dx
 
 
+@jax.custom_jvp
+def yes_over_no(x: Array, weight: Array, one: Array) -> Array:
+    """weight * softplus(-x) - softplus(x), of a weight >= 0. It is infinite only for an infinite x.
+
+    With l = log1p(exp(-|x|)) it is (weight - 1) l + weight max(-x, 0) - max(x, 0), which has no cancelling terms.
+    """
+    smaller = jnp.log1p(jnp.exp(-jnp.abs(x)))
+    above, below = jnp.maximum(x, 0 * one), jnp.maximum(-x, 0 * one)
+    return (weight - one) * smaller + product(weight, below, one) - above
+
+
+@yes_over_no.defjvp
+def _yes_over_no_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
+    (x, weight, one), (dx, dweight, _) = primals, tangents
+    by_x = -(weight * sigmoid(-x) + sigmoid(x))
+    return yes_over_no(x, weight, one), by_x * dx + jnp.minimum(softplus(-x), most(one)) * dweight
+
+
+def share_of(y: Array, rounding: float, one: Array) -> Array:
+    """y, and NaN if y is outside of [0, 1] by more than `rounding`."""
+    above, below = jnp.maximum(y - (1 + rounding) * one, 0 * one), jnp.maximum(-rounding * one - y, 0 * one)
+    infinite = most(one) * (most(one) * (above + below))  # or else 0
+    return y + lax.stop_gradient(0 * one * infinite)
+
+
 # --- functions of two distributions -----------------------------------------------------------------------------------
 #
 # Let a = exp(log_a) and b = exp(log_b). Some functions also take u = log_b - log_a. The caller's u is accurate even if

@@ -56,7 +56,8 @@ def _float16_scale(sweep: Sweep, inputs: Inputs, coefficients: Coefficients) -> 
         size = jnp.max(jnp.abs(coefficient), initial=0).astype(dtype) * objective.largest_gradient(name)
         if inputs.class_weight is None or not objective.takes_class_weight(name, inputs.labels):
             return size
-        return size * jnp.max(jnp.abs(inputs.class_weight)).astype(dtype)
+        weight, least = jnp.max(jnp.abs(inputs.class_weight)).astype(dtype), objective.least_class_weight(name)
+        return size * (jnp.maximum(weight, least) if least else weight)
 
     largest = jnp.max(jnp.stack([largest_of(*each) for each in coefficients.items()]))
     if temperature is not None and not by_position:
