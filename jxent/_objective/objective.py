@@ -76,6 +76,8 @@ class Objective(abc.ABC):
     shards: Shards
     stats: bool = False
     """Whether there are statistics among the costs, and a prediction."""
+    block_divisor: ClassVar[int] = 1
+    """By which the default number of positions in a block is divided."""
 
     temperature_gradient_is_a_share: ClassVar[bool] = False
     """Whether the gradient by the temperature is the sum of the gradients on the shards of the classes."""

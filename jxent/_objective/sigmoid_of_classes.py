@@ -20,11 +20,11 @@ A share outside of [0, 1] by more than rounding counts as NaN. All arithmetic is
 
 from dataclasses import dataclass
 from functools import reduce
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Int
+from jaxtyping import Int, Num
 
 from jxent._core.reports import rounding_of
 from jxent._core.shards import Shards
@@ -33,7 +33,7 @@ from jxent._labels.labels import Labels
 from jxent._objective.objective import Costs, Objective, RowInputs, known_labels
 from jxent._rows.costs import Coefficient, Scalars, coefficient_of_label
 from jxent._rows.passes import Arrays, Class, Logits, Moving, Passes, Row, class_index, known
-from jxent._rows.terms import most, product, share_of, sigmoid, softplus, yes_over_no
+from jxent._rows.terms import most, product, share_of, sigmoid, sigmoids, softplus, yes_over_no
 
 
 class Residuals(NamedTuple):
@@ -43,16 +43,26 @@ class Residuals(NamedTuple):
 class _AtLabel(NamedTuple):
     """Where the label of each position is, if the labels are one index."""
 
-    index: Int[Array, "*row"]  # counted from this shard's first class
-    classes: Int[Array, "*classes"]  # 0, 1, 2, ...
+    index: Num[Array, "*row"]  # counted from this shard's first class
+    classes: Num[Array, "*classes"]  # 0, 1, 2, ...
 
-    def share(self, c: Class) -> Array:
-        """1 for the label's class and 0 for all others."""
-        return c.one - jnp.minimum(jnp.abs(self.classes - self.index).astype(c.one.dtype), c.one)
+    @classmethod
+    def of(cls, index: Int[Array, "*row"], logits: Logits, axis: int) -> Self:
+        """Floating-point numbers, which XLA:CPU fuses with a sum, for as many classes as float32 can count."""
+        classes, size = class_index(logits, (axis,)), logits.shape[axis]
+        if not isinstance(size, int) or size > 2**24:
+            return cls(index=index, classes=classes)
+        return cls(index=index.astype(jnp.float32), classes=classes.astype(jnp.float32))
+
+    def other(self, c: Class) -> Array:
+        """0 for the label's class and 1 for all others."""
+        return jnp.minimum(jnp.abs(self.classes - self.index).astype(c.one.dtype), c.one)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SigmoidOfClasses(Objective):
+    block_divisor = 2  # because XLA:CPU also stores the logits without their bias
+
     axis: int
     shards: Shards
     smoothed: bool  # whether there is smoothing
@@ -75,12 +85,12 @@ class SigmoidOfClasses(Objective):
         index = known_labels(inputs).index(self.class_axis(inputs))
         if index is None:
             return None
-        return _AtLabel(index=index, classes=class_index(known(inputs.logits), (self.axis,)))
+        return _AtLabel.of(index, known(inputs.logits), self.axis)
 
     def _share(self, inputs: RowInputs, c: Class, at_label: _AtLabel | None) -> Array:
         """The label's share of a yes."""
         if at_label is not None:
-            return at_label.share(c)
+            return c.one - at_label.other(c)
         return share_of(c.q, rounding_of(known_labels(inputs).array.dtype), c.one)
 
     def _invalid(self, inputs: RowInputs) -> Array | None:
@@ -90,16 +100,17 @@ class SigmoidOfClasses(Objective):
         passes, invalid = self._passes(inputs, None), self._invalid(inputs)
 
         def paid(c: Class, at_label: _AtLabel | None) -> Array:
-            y = self._share(inputs, c, at_label)
             if at_label is None:
-                no = product(c.one - y, softplus(c.x), c.one)
-                return no + product(c.weighted(y), softplus(-c.x), c.one)
-            cost = softplus(c.x * (c.one - 2 * y))
-            return cost if c.arrays.weight is None else product(c.weighted(y) + (c.one - y), cost, c.one)
+                y = self._share(inputs, c, at_label)
+                no = product(c.one - y, softplus(c.x, c.one), c.one)
+                return no + product(c.weighted(y), softplus(-c.x, c.one), c.one)
+            other = at_label.other(c)
+            cost = softplus(c.x * (2 * c.one * other - c.one), c.one)
+            return cost if c.arrays.weight is None else product(c.weighted(c.one - other) + other, cost, c.one)
 
         def of_half(c: Class) -> Array:
-            yes = softplus(-c.x)
-            return softplus(c.x) + (yes if c.arrays.weight is None else product(c.arrays.weight, yes, c.one))
+            yes = softplus(-c.x, c.one)
+            return softplus(c.x, c.one) + (yes if c.arrays.weight is None else product(c.arrays.weight, yes, c.one))
 
         costs = {"label": passes.sum(paid, self._at_label(inputs))}
         if self.smoothed:
@@ -120,7 +131,8 @@ class SigmoidOfClasses(Objective):
             parts = [] if of_label is None else [(of_label * y, of_label * (1 - y))]
             parts += [] if of_uniform is None else [(of_uniform / 2, of_uniform / 2)]
             yes, no = (reduce(jnp.add, terms) for terms in zip(*parts, strict=True))
-            to_x = no * sigmoid(c.x) - c.weighted(yes) * sigmoid(-c.x)
+            of_yes, of_no = sigmoids(c.x)
+            to_x = no * of_yes - c.weighted(yes) * of_no
             to_x = to_x if invalid is None else jnp.where(invalid, jnp.nan, to_x)
             to_weight = None if c.arrays.weight is None else times(yes, softplus(-c.x))
             to_labels = None

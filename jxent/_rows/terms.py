@@ -190,14 +190,14 @@ def _product_of_p_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
 
 
 @jax.custom_jvp
-def softplus(x: Array) -> Array:
-    """log(1 + exp x)."""
-    return jnp.maximum(x, 0) + jnp.log1p(jnp.exp(-jnp.abs(x)))
+def softplus(x: Array, one: float | Array = 1.0) -> Array:
+    """log(1 + exp x). A sum over the classes must pass its `one`."""
+    return jnp.maximum(x, 0 * one) + jnp.log1p(jnp.exp(-jnp.abs(x)))
 
 
 @softplus.defjvp
 def _softplus_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
-    return softplus(*primals), sigmoid(*primals) * tangents[0]
+    return softplus(*primals), sigmoid(primals[0]) * tangents[0]
 
 
 @jax.custom_jvp
@@ -210,6 +210,22 @@ def sigmoid(x: Array) -> Array:
 def _sigmoid_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
     (x,), (dx,) = primals, tangents
     return sigmoid(x), sigmoid(x) * sigmoid(-x) * dx
+
+
+@jax.custom_jvp
+def sigmoids(x: Array) -> tuple[Array, Array]:
+    """(sigmoid(x), sigmoid(-x)) from one exponential, for `Passes.map`."""
+    exp = jnp.exp(-jnp.abs(x))
+    larger = 1 / (1 + exp)
+    smaller = exp * larger
+    return jnp.where(x < 0, smaller, larger), jnp.where(x < 0, larger, smaller)
+
+
+@sigmoids.defjvp
+def _sigmoids_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
+    of_yes, of_no = sigmoids(*primals)
+    slope = of_yes * of_no * tangents[0]
+    return (of_yes, of_no), (slope, -slope)
 
 
 @jax.custom_jvp
