@@ -39,6 +39,12 @@ def main():
             (lambda x, t=of_kind: jxent.nll_loss(jxent.log_softmax(x), t, **weights), (logits,)),
             (lambda h, w, t=of_kind: jxent.linear_cross_entropy(h, w, t, block_size=2), (hidden, kernel)),
             (
+                lambda h, w, t=of_kind: jxent.linear_sigmoid_cross_entropy(
+                    h, w, t, pos_weight=2.0, label_smoothing=0.1, block_size=2
+                ),
+                (hidden, kernel),
+            ),
+            (
                 lambda h, w, t=of_kind: jxent.linear_cross_entropy(
                     h, w, t, **weights, **costs, reduction="none", block_size=2
                 ),

@@ -74,7 +74,7 @@ def linear_loss(hidden, kernel, labels, bias=None, class_weight=None, sample_wei
 
 def of_sparse(loss, *arrays, **options):
     """A loss of these arrays, in which `indices` and `shares` stand in the place of labels."""
-    at = 2 if loss is linear_loss else 1
+    at = 2 if loss in (linear_loss, linear_sigmoid) else 1
     labels = jxent.SparseLabels(*arrays[at : at + 2])
     return loss(*arrays[:at], labels, *arrays[at + 2 :], **options)
 
@@ -99,6 +99,11 @@ def linear_divergence(
     given = {"bias_p": bias_p, "bias_q": bias, "temperature": temperature, "sample_weight": sample_weight}
     layout = {"vocab_axis": (0, -1), "block_size": BLOCK}
     return function(hidden_p, kernel_p, hidden, kernel, **given, **layout, **options)
+
+
+def linear_sigmoid(hidden, kernel, labels, bias=None, pos_weight=None, sample_weight=None, **options):
+    weights = {"bias": bias, "pos_weight": pos_weight, "sample_weight": sample_weight}
+    return jxent.linear_sigmoid_cross_entropy(hidden, kernel, labels, block_size=BLOCK, **weights, **options)
 
 
 SMOOTH = {"label_smoothing": 0.1, "z_loss_weight": 0.01, "logit_softcap": 6.0}
@@ -138,6 +143,12 @@ CALLS = {
     "linear-kl": (partial(linear_divergence, jxent.linear_kl_divergence), LINEAR_PAIR, {}),
     "linear-js-none": (partial(linear_divergence, jxent.linear_js_divergence), BY_SEQUENCE, {"reduction": "none"}),
     "linear-tv": (partial(linear_divergence, jxent.linear_tv_distance), LINEAR_PAIR, {}),
+    "linear-sigmoid": (linear_sigmoid, LINEAR, {"label_smoothing": 0.1}),
+    "linear-sigmoid-sparse": (
+        partial(of_sparse, linear_sigmoid),
+        (*LINEAR[:2], *SPARSE, *LINEAR[3:]),
+        {"reduction": "none"},
+    ),
 }
 DIVERGENCES = ("kl", "js-none", "tv", "linear-kl", "linear-js-none", "linear-tv")
 # Not losses: their cotangents have the shape of the logits.

@@ -45,6 +45,7 @@ CALLS = {
     "cross_entropy-stats": of(jxent.cross_entropy, LOGITS, LABELS, **STATS, reduction="none", label_smoothing=0.1),
     "linear_cross_entropy": of(jxent.linear_cross_entropy, HIDDEN, KERNEL, LABELS, block_size=2),
     "sigmoid_cross_entropy": of(jxent.sigmoid_cross_entropy, LOGITS, PROBABILITIES),
+    "linear_sigmoid_cross_entropy": of(jxent.linear_sigmoid_cross_entropy, HIDDEN, KERNEL, LABELS, block_size=2),
     "kl_divergence": of(jxent.kl_divergence, LOGITS, PROBABILITIES, temperature=2.0),
     "js_divergence-none": of(jxent.js_divergence, LOGITS, PROBABILITIES, reduction="none"),
     "linear_kl_divergence": of(jxent.linear_kl_divergence, HIDDEN, KERNEL, HIDDEN[:, :3], KERNEL[:3], block_size=2),

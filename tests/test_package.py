@@ -125,6 +125,7 @@ CALLS = {
     "linear_cross_entropy": (ONES, ONES.T, LABELS),
     "linear_log_probs": (ONES, ONES.T, LABELS[:, None]),
     "linear_top_k": (ONES, ONES.T, 2),
+    "linear_sigmoid_cross_entropy": (ONES, ONES.T, LABELS),
     "log_softmax": (ONES,),
     "logsumexp": (ONES,),
     "next_token_labels": (LABELS,),

@@ -25,6 +25,7 @@ ARRAYS = {
     "sigmoid_cross_entropy": (LOGITS, 1 / (1 + LOGITS**2)),
     "next_token_labels": (LABELS,),
     "linear_cross_entropy": (HIDDEN, KERNEL, LABELS),
+    "linear_sigmoid_cross_entropy": (HIDDEN, KERNEL, LABELS),
 }
 ARRAYS |= {"linear_log_probs": (HIDDEN, KERNEL, LABELS[..., None]), "linear_top_k": (HIDDEN, KERNEL, 2)}
 ARRAYS |= dict.fromkeys(("logsumexp", "softmax", "log_softmax"), (LOGITS,))

@@ -44,8 +44,8 @@ NO_NAMES = {"axis_name": None, "batch_axis_name": None}
 @pytest.mark.parametrize(
     "name",
     short(
-        ("linear-all", "linear-probabilities", "linear-sparse", "linear-recompute", "linear-none"),
-        *("linear-all", "linear-sparse", "linear-none"),
+        ("linear-all", "linear-probabilities", "linear-sparse", "linear-recompute", "linear-none", "linear-sigmoid"),
+        *("linear-all", "linear-sparse", "linear-none", "linear-sigmoid"),
     ),
 )
 def test_linear_with_named_axes(name, layout):

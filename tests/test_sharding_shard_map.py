@@ -46,7 +46,16 @@ SOME = ("cross_entropy-all", "linear-all")
 # Calls whose kinds of labels, options or terms the short run has in other calls, or over the positions as well.
 FOR_OTHER_TESTS = (
     *("cross_entropy", "cross_entropy-none", "cross_entropy-sparse", "cross_entropy-stats", "cross_entropy-all"),
-    *("nll_loss-probabilities", "linear", "linear-stats", "linear-none-sparse", "kl", "tv", "linear-kl"),
+    *(
+        "nll_loss-probabilities",
+        "linear",
+        "linear-stats",
+        "linear-none-sparse",
+        "kl",
+        "tv",
+        "linear-kl",
+        "linear-sigmoid-sparse",
+    ),
 )
 
 

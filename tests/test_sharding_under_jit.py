@@ -78,7 +78,11 @@ def test_linear_under_jit(name, layout, mode):
 @pytest.mark.covering
 @pytest.mark.parametrize("mode", ["Auto", "Explicit"])
 @pytest.mark.parametrize(
-    "name", ["linear", "linear-probabilities", "linear-sparse", "linear-none-sparse", "linear-recompute"]
+    "name",
+    [
+        *("linear", "linear-probabilities", "linear-sparse", "linear-none-sparse", "linear-recompute"),
+        *("linear-sigmoid", "linear-sigmoid-sparse"),
+    ],
 )
 def test_other_linear_losses_under_jit(name, mode):
     assert_equal(run(name, "FSDP and vocabulary", mode)[0], on_one_device(name))

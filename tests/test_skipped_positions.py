@@ -148,12 +148,15 @@ OTHERS = {
     "top k": lambda at, where: jxent.linear_top_k(*at[:2], 3, where=where, block_size=BLOCK),
     "KL": lambda at, where: jxent.linear_kl_divergence(*at[:2], jnp.cos(at[0]), at[1], where=where, block_size=BLOCK),
     "TV": lambda at, where: jxent.linear_tv_distance(*at[:2], jnp.cos(at[0]), at[1], where=where, block_size=BLOCK),
+    "yes or no": lambda at, where: jxent.linear_sigmoid_cross_entropy(
+        *at[:2], LABELS, where=where, pos_weight=2.0, block_size=BLOCK, reduction="none"
+    ),
     "JS": lambda at, where: jxent.linear_js_divergence(*at[:2], jnp.cos(at[0]), at[1], where=where, block_size=BLOCK),
 }
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("name", short(OTHERS, "statistics", "sparse labels", "KL"))
+@pytest.mark.parametrize("name", short(OTHERS, "statistics", "sparse labels", "KL", "yes or no"))
 @pytest.mark.parametrize("mask", short(MASKS, "answers"))
 def test_other_losses(mask, name):
     """As by blocks of all positions, which are those of `jax.vmap`."""

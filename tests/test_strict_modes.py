@@ -77,6 +77,12 @@ CALLS |= {
         (),
         {"label_smoothing": 0.1, "where": RNG.random(5) < 0.8},
     ),
+    "linear-sigmoid": (
+        jxent.linear_sigmoid_cross_entropy,
+        ("hidden", "kernel", "labels"),
+        ("bias", "sample_weight"),
+        {"block_size": 2, "label_smoothing": 0.1, "pos_weight": 2.0},
+    ),
     "linear-kl": (jxent.linear_kl_divergence, PAIR, ("sample_weight",), {"block_size": 2, "temperature": 1.5}),
     "tv": (jxent.tv_distance, ("logits", "q"), ("sample_weight",), {"temperature": 1.5}),
     "linear-js-none": (jxent.linear_js_divergence, PAIR, (), {"block_size": 2, "reduction": "none"}),

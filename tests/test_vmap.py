@@ -98,13 +98,19 @@ CASES = {
     "top-k": Case(
         jxent.linear_top_k, OF_Q, keywords("where", "bias", temperature="temperatures"), {"k": 2, "logit_softcap": 3.0}
     ),
+    "linear-sigmoid": Case(
+        jxent.linear_sigmoid_cross_entropy,
+        (*OF_Q, "labels"),
+        POSITIONAL | keywords("bias", "label_smoothing", pos_weight="class_weight"),
+    ),
+    "linear-sigmoid-sparse": Case(jxent.linear_sigmoid_cross_entropy, (*OF_Q, "sparse"), POSITIONAL),
     "sigmoid": Case(
         jxent.sigmoid_cross_entropy,
         ("logits", "yes"),
         keywords("pos_weight", "label_smoothing", sample_weight="weight_of_logit", where="where_logit"),
     ),
 }
-LEFT_OUT = ("linear-kl", "linear-js", "linear-tv", "tv")
+LEFT_OUT = ("linear-sigmoid-sparse", "linear-kl", "linear-js", "linear-tv", "tv")
 
 
 def names_of(case):
