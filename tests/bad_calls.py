@@ -29,7 +29,8 @@ SOFTMAXES = ("logsumexp", "softmax", "log_softmax")
 DIVERGENCES = ("kl_divergence", "js_divergence", "tv_distance")
 BINARY = "sigmoid_cross_entropy"
 LINEAR_DIVERGENCES = ("linear_kl_divergence", "linear_js_divergence", "linear_tv_distance")
-MEAN_TAKERS = (*LOSSES, LINEAR, *DIVERGENCES, *LINEAR_DIVERGENCES)
+LINEAR_BINARY = "linear_sigmoid_cross_entropy"
+MEAN_TAKERS = (*LOSSES, LINEAR, LINEAR_BINARY, *DIVERGENCES, *LINEAR_DIVERGENCES)
 LOG_PROBS = {"linear_log_probs": "indices", "linear_top_k": "k"}
 FUNCTIONS = (*SOFTMAXES, *MEAN_TAKERS, BINARY, *LOG_PROBS, "next_token_labels")
 # The remedy for an option that is an array, traced or not.
@@ -53,7 +54,7 @@ def good(function):
         return {"tokens": jnp.asarray(LABELS, jnp.int32)}
     if function in SOFTMAXES:
         return {"logits": jnp.asarray(LOGITS)}
-    if function == LINEAR:
+    if function in (LINEAR, LINEAR_BINARY):
         return {"hidden": floats(N, F), "kernel": floats(F, C), "labels": jnp.asarray(LABELS, jnp.int32)}
     if function in LOG_PROBS:
         third = ints(N, 2) if function == "linear_log_probs" else 2

@@ -5,6 +5,7 @@ import numpy as np
 from bad_calls import (
     BINARY,
     LINEAR,
+    LINEAR_BINARY,
     LOSSES,
     PROBABILITIES,
     SPARSE,
@@ -26,7 +27,7 @@ def label_rows(function, name):
     kind = r"must be integers \(class indices\) or floating point \(class probabilities\)"
     index = f"integer labels must have the shape of {name} without its class axis"
     probability = f"class probabilities and must have the shape of {name}"
-    if function == LINEAR:
+    if function in (LINEAR, LINEAR_BINARY):
         index = "integer labels must have the leading shape of hidden"
         probability = "class probabilities and must have the leading shape of hidden and the vocabulary"
     flat = rows_of(
@@ -50,7 +51,7 @@ def label_rows(function, name):
         ("probability-scalar", floats(), ValueError, probability, r"got \(\)"),
         ("float-indices", floats(N), ValueError, probability, rf"got \({N},\)", r"indices.*\.astype\(jnp\.int32\)"),
     )
-    if function == LINEAR:
+    if function in (LINEAR, LINEAR_BINARY):
         return flat
     scores = {name: floats(2, C, 3)}
     torch_layout = rows_of(
@@ -182,7 +183,10 @@ def next_token_rows():
 
 ROWS = [row for function, name in LOSSES.items() for row in label_rows(function, name) + ignore_index_rows(function)]
 ROWS += label_rows(LINEAR, None) + ignore_index_rows(LINEAR)
-ROWS += sparse_rows("cross_entropy") + sparse_rows(LINEAR) + binary_rows() + next_token_rows()
+ROWS += label_rows(LINEAR_BINARY, None) + ignore_index_rows(LINEAR_BINARY)
+ROWS += (
+    sparse_rows("cross_entropy") + sparse_rows(LINEAR) + sparse_rows(LINEAR_BINARY) + binary_rows() + next_token_rows()
+)
 
 
 @each_row(ROWS, "next_token_labels-tokens-scalar-eager")

@@ -4,7 +4,7 @@ test_sharding_named_axes.py has the errors on a mesh, and test_sharding_shard_ma
 """
 
 import jax
-from bad_calls import MEAN_TAKERS, SOFTMAXES, assert_raises, each_row, rows_of
+from bad_calls import BINARY, MEAN_TAKERS, SOFTMAXES, assert_raises, each_row, rows_of
 
 
 def axis_rows(function, argument):
@@ -22,7 +22,7 @@ def axis_rows(function, argument):
 
 
 ROWS = [row for function in (*SOFTMAXES, "next_token_labels", *MEAN_TAKERS) for row in axis_rows(function, "axis_name")]
-ROWS += [row for function in MEAN_TAKERS for row in axis_rows(function, "batch_axis_name")]
+ROWS += [row for function in (*MEAN_TAKERS, BINARY) for row in axis_rows(function, "batch_axis_name")]
 
 
 @each_row(ROWS)

@@ -8,6 +8,7 @@ from bad_calls import (
     BINARY,
     FUNCTIONS,
     LINEAR,
+    LINEAR_BINARY,
     LOSSES,
     STATIC,
     C,
@@ -133,7 +134,9 @@ def beta_rows(function):
 ROWS = [row for function in LOSSES for row in reduction_rows(function)] + cross_entropy_rows("cross_entropy")
 ROWS += flag_rows("logsumexp", "keepdims")
 ROWS += reduction_rows(LINEAR) + cross_entropy_rows(LINEAR) + sweep_rows(LINEAR)
-ROWS += reduction_rows(BINARY) + scalar_rows(BINARY, "label_smoothing", r"must be in \[0, 1\]", (-0.1, 1.5))
+for binary in (BINARY, LINEAR_BINARY):
+    ROWS += reduction_rows(binary) + scalar_rows(binary, "label_smoothing", r"must be in \[0, 1\]", (-0.1, 1.5))
+ROWS += sweep_rows(LINEAR_BINARY)
 # Except for `beta`, the other divergence of each pair takes the same arguments, in the same code.
 ROWS += reduction_rows("kl_divergence") + temperature_rows("kl_divergence") + beta_rows("js_divergence")
 ROWS += reduction_rows("linear_kl_divergence") + temperature_rows("linear_kl_divergence")

@@ -5,6 +5,7 @@ import pytest
 from bad_calls import (
     BINARY,
     LINEAR,
+    LINEAR_BINARY,
     LOSSES,
     SOFTMAXES,
     SPARSE,
@@ -195,7 +196,7 @@ ROWS = [row for function in SOFTMAXES for row in scores_rows(function, "logits")
 for function, name in LOSSES.items():
     ROWS += scores_rows(function, name) + loss_rows(function, name) + axis_rows(function, name)
 ROWS += scores_rows(LINEAR, "hidden") + scores_rows(LINEAR, "kernel") + kernel_rows()
-ROWS += scores_rows(BINARY, "logits")
+ROWS += scores_rows(BINARY, "logits") + scores_rows(LINEAR_BINARY, "hidden")
 # The other divergence of each pair takes the same arguments, in the same code.
 ROWS += scores_rows("kl_divergence", "logits_p") + scores_rows("kl_divergence", "logits_q")
 ROWS += pair_rows("kl_divergence") + axis_rows("kl_divergence", "logits_q")

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from bad_calls import (
     BINARY,
     LINEAR,
+    LINEAR_BINARY,
     LOSSES,
     SOFTMAXES,
     C,
@@ -93,10 +94,23 @@ def binary_rows():
     )
 
 
+def class_pos_weight_rows():
+    wanted = rf"must be a number or have one entry per class, shape \({C},\)"
+    return rows_of(
+        LINEAR_BINARY,
+        "pos_weight",
+        ("complex", jnp.ones(C, jnp.complex64), TypeError, "must be floating point", "got complex64", "astype"),
+        ("text", "rare", TypeError, "must be an array", "got 'rare'"),
+        ("long", floats(C + 1), ValueError, wanted, rf"got \({C + 1},\)"),
+        ("positions", floats(N, C), ValueError, wanted, rf"got \({N}, {C}\)"),
+    )
+
+
 ROWS = [row for function in SOFTMAXES for row in mask_rows(function)]
 ROWS += [row for function in (*LOSSES, LINEAR) for row in position_rows(function) + class_rows(function)]
 # The other divergence of each pair takes the same arguments, in the same code.
-ROWS += binary_rows() + position_rows("kl_divergence") + position_rows("linear_kl_divergence")
+ROWS += binary_rows() + class_pos_weight_rows() + position_rows(LINEAR_BINARY)
+ROWS += position_rows("kl_divergence") + position_rows("linear_kl_divergence")
 
 
 @each_row(ROWS)

@@ -11,6 +11,7 @@ from bad_calls import (
     FUNCTIONS,
     LABELS,
     LINEAR,
+    LINEAR_BINARY,
     LINEAR_DIVERGENCES,
     LOGITS,
     LOSSES,
@@ -40,7 +41,11 @@ def test_array_likes_are_taken():
 
 WEIGHTS = [
     *((function, "class_weight", (C,)) for function in (*LOSSES, LINEAR)),
-    *((function, "sample_weight", (N,)) for function in (*LOSSES, LINEAR, *DIVERGENCES, *LINEAR_DIVERGENCES)),
+    *(
+        (function, "sample_weight", (N,))
+        for function in (*LOSSES, LINEAR, LINEAR_BINARY, *DIVERGENCES, *LINEAR_DIVERGENCES)
+    ),
+    (LINEAR_BINARY, "pos_weight", (C,)),
     *((BINARY, name, (N, C)) for name in ("sample_weight", "pos_weight")),
     *((LINEAR_DIVERGENCES[0], name, (C,)) for name in ("bias_p", "bias_q")),
     (LINEAR, "bias", (C,)),

@@ -56,7 +56,7 @@ def _is_array(value: Any) -> bool:
 
 def _kind_of_tuple(name: str, value: Any) -> str:
     if isinstance(value, SparseLabels):
-        remedy = "these are for the labels of cross_entropy, linear_cross_entropy and nll_loss"
+        remedy = "these are for the labels of cross_entropy, nll_loss, and the linear losses of labels"
         if name in ("logits_p", "logits_q"):
             remedy = "take cross_entropy(logits, labels), which is the divergence from the labels and their entropy"
         return f"SparseLabels; {remedy}"

@@ -30,7 +30,7 @@ TO_LINEAR = (
     "logits_q: the function with linear_ in front takes hidden states and kernels",
 )
 TO_LOGITS = (
-    "hidden: here logits are made of hidden and kernel; cross_entropy takes logits",
+    "hidden: here logits are made of hidden and kernel; cross_entropy and sigmoid_cross_entropy take logits",
     "hidden_q: here logits are made of hidden states and kernels; the function without linear_ in front takes logits",
 )
 LEFT_OUT = tuple(
@@ -124,11 +124,13 @@ ROWS = (
     ("beta jsd_beta", "beta", "logits_p: js_divergence has it", "hidden_p: linear_js_divergence has it"),
     ("weight_hard_loss weight_soft_loss compute_ce_loss", *ADDED),
     (
-        *("temperature tau", "temperature", "logits: divide the logits by it"),
+        *("temperature tau", "temperature", "hidden: divide hidden and bias by it, in float32"),
+        "logits: divide the logits by it",
         "log_probs: divide the logits by it, before log_softmax",
     ),
     (
-        *("logit_scale", "temperature: temperature is 1 / logit_scale", "logits: multiply the logits by it"),
+        *("logit_scale", "temperature: temperature is 1 / logit_scale", "hidden: multiply hidden and bias by it"),
+        "logits: multiply the logits by it",
         "log_probs: multiply the logits by it, before log_softmax",
     ),
     # labels
