@@ -16,7 +16,7 @@ from jxent._call.placement import placed
 from jxent._call.positions import denominator, positions_of, reduced
 from jxent._core.dtypes import compute_dtype
 from jxent._core.reports import NotShare, report, report_values
-from jxent._core.shards import Shards, cast_alike, sharded_like
+from jxent._core.shards import Shards, broadcast_like, cast_alike, sharded_like
 from jxent._core.weights import is_used, only, weighted
 from jxent._objective.rule import costs
 from jxent._objective.sigmoid import SigmoidCrossEntropy, SigmoidInputs
@@ -104,7 +104,7 @@ def _loss(
     dtype = objective.dtype
     numbers = labels if jnp.issubdtype(labels.dtype, jnp.floating) else labels.astype(dtype)
     if pos_weight is not None:
-        pos_weight = sharded_like(jnp.broadcast_to(pos_weight, logits.shape), logits)
+        pos_weight = broadcast_like(pos_weight, logits)
     inputs = SigmoidInputs(
         logits=logits,
         labels=sharded_like(numbers, logits),

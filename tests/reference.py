@@ -63,11 +63,9 @@ def tv_distance(logits_p, logits_q, *, temperature=1.0, **options):
     return weighed(jnp.sum(jnp.abs(p - q), -1) / 2, **options)
 
 
-def sigmoid_of_classes(
-    logits, labels, *, pos_weight=1.0, label_smoothing=0.0, ignore_index=-100, where=True, **options
-):
+def sigmoid_of_classes(logits, labels, *, pos_weight=1.0, label_smoothing=0.0, where=True, **options):
     if jnp.issubdtype(labels.dtype, jnp.integer):
-        where &= labels != ignore_index
+        where &= labels != -100
         labels = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
     yes = (1 - label_smoothing) * labels + label_smoothing / 2
     losses = -pos_weight * yes * jax.nn.log_sigmoid(logits) - (1 - yes) * jax.nn.log_sigmoid(-logits)

@@ -166,7 +166,7 @@ def test_labels_out_of_range():
         (jxent.SparseLabels(np.where(out[:, None], -1, INDICES), few), r"label -1 is out of range"),
         (
             jxent.SparseLabels(INDICES, np.where(out[:, None], 1.5, few)),
-            r"label 1.5 is outside of \[0, 1\], at \[3 0\]",
+            r"label 1.5 is outside of",
         ),
     ):
         f = partial(jxent.linear_sigmoid_cross_entropy, labels=labels, reduction="none", label_smoothing=0.1)

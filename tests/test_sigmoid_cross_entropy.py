@@ -177,6 +177,41 @@ def test_sharded(way):
     chex.assert_trees_all_close(jax.device_get(found), wanted, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("way", ["named", "shard_map"])
+def test_named_axes(way, reduction):
+    """Of the positions, with masks that differ by shard: the numbers of one device, and inputs that stay in shards."""
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    rng = np.random.default_rng(0)
+    x, y, s = rng.normal(size=(8, 16)), rng.uniform(size=(8, 16)), rng.uniform(size=(8, 16 if way == "named" else 1))
+    w, where = rng.uniform(size=16), np.arange(8)[:, None] < 3
+    at, specs = (
+        (x, y, w, s),
+        (P("data", "model"), P("data", "model"), P("model"), P("data", "model" if way == "named" else None)),
+    )
+
+    def f(x, y, w, s, where=where, **axes):
+        options = {"pos_weight": w, "sample_weight": s, "where": where, "label_smoothing": 0.1}
+        return jxent.sigmoid_cross_entropy(x, y, reduction=reduction, **options, **axes)
+
+    wanted = jax.value_and_grad(f, (0, 1, 2, 3))(*at)
+    if way == "named":
+        named = partial(f, batch_axis_name=P("data", "model"))
+        with jax.set_mesh(mesh):
+            arrays = [jax.device_put(a, NamedSharding(mesh, spec)) for a, spec in zip(at, specs, strict=True)]
+            shardings = None, tuple(a.sharding for a in arrays)
+            step = jax.jit(jax.value_and_grad(named, (0, 1, 2, 3)), out_shardings=shardings)
+            program = step.lower(*arrays).compile()
+            found = program(*arrays)
+        assert "all-gather" not in program.as_text()
+    else:
+        local = partial(f, batch_axis_name=("data", "model"))
+        mapped = jax.shard_map(local, mesh=mesh, in_specs=(*specs, P("data")), out_specs=P())
+        found = jax.jit(jax.value_and_grad(mapped, (0, 1, 2, 3)))(*at, where)
+    chex.assert_trees_all_close(jax.device_get(found), wanted, rtol=1e-12, atol=1e-14)
+
+
 def test_per_example():
     """Under `vmap`, with one `pos_weight` for all."""
     f = jax.value_and_grad(lambda w, x, y: jxent.sigmoid_cross_entropy(x, y, pos_weight=w))

@@ -54,6 +54,8 @@ def shards_of(axis_name: AxisNames) -> Shards:
 
 def total(values: Array, axis_name: AxisNames) -> Array:
     """The sum over the shards."""
+    if varying(values) & {*axis_name}:  # JAX refuses values that vary along some of the axes
+        values = cast(values, checked(axis_name))
     return lax.psum(values, axis_name) if axis_name else values
 
 
@@ -181,6 +183,17 @@ def sharded_like(array: Maybe, other: Any, axes: list[int] | None = None) -> May
     entries = partitions(other)
     spec = PartitionSpec(*(entries if axes is None else (entries[a] for a in axes)))
     return jax.sharding.reshard(array, NamedSharding(jax.typeof(other).sharding.mesh, spec))
+
+
+def broadcast_like(array: Array, other: Array) -> Array:
+    """`array`, broadcast to the shape of `other` and sharded like it. Its gradient is summed without a gather."""
+    if AxisType.Explicit not in jax.typeof(other).sharding.mesh.axis_types:
+        return jnp.broadcast_to(array, other.shape)
+    array, mesh = jnp.expand_dims(array, range(other.ndim - array.ndim)), jax.typeof(other).sharding.mesh
+    entries = [None if size == 1 else entry for size, entry in zip(array.shape, partitions(other), strict=True)]
+    array = jax.sharding.reshard(array, NamedSharding(mesh, PartitionSpec(*entries)))
+    sharding = NamedSharding(mesh, PartitionSpec(*partitions(other)))
+    return lax.broadcast_in_dim(array, other.shape, range(other.ndim), out_sharding=sharding)
 
 
 def partitions(array: Any) -> tuple[Any, ...]:

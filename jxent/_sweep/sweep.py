@@ -140,9 +140,8 @@ def _swept(
     if inputs.hidden_p is not None and inputs.kernel_p is not None:
         layers.append((inputs.hidden_p, inputs.kernel_p))
     kernel_has_gradient = "kernel" in wrt or "kernel_p" in wrt
-    default = backend.block_size(kernel_has_gradient, math.prod(shape), classes) // (
-        len(layers) * sweep.objective.block_divisor
-    )
+    divisor = len(layers) * sweep.objective.block_divisor
+    default = backend.block_size(kernel_has_gradient, math.prod(shape), classes) // divisor
     size = sweep.block_size or max(1, default)
     blocks = blocks_of(shape, size) if all(isinstance(length, int) for length in shape) else None
     scale = None
