@@ -46,7 +46,7 @@ class Encoders(nnx.Module):
             nnx.Sequential(nnx.Linear(64 * DIGITS, 256, rngs=rngs), nnx.relu, nnx.Linear(256, FEATURES, rngs=rngs))
             for _ in range(2)
         )
-        self.log_scale, self.bias = nnx.Param(jnp.log(10.0)), nnx.Param(jnp.array(-10.0))
+        self.log_scale, self.bias = nnx.Param(jnp.float32(np.log(10))), nnx.Param(jnp.float32(-10))
 
     def images(self, images):
         scans = images.reshape(-1, 8, DIGITS, 8).swapaxes(1, 2).reshape(-1, DIGITS, 64)

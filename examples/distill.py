@@ -2,9 +2,9 @@
 
 The teacher is the model of train_lm.py, trained here if it has not been. Students start alike and see the same batches:
 one learns from the text alone, the others half from the text and half from the teacher, by the forward divergence
-KL(teacher || student), the reverse one, Jensen-Shannon, and from the teacher's 16 most probable tokens alone, as they
-would be kept on disk (`jxent.SparseLabels`). Neither model's logits are held, but where the 16 are looked for, those of
-one sequence; the last line says what that saves.
+KL(teacher || student), the reverse one, Jensen-Shannon, and from the teacher's 16 most probable tokens, as you would
+store them (`jxent.linear_top_k`): with probabilities that add up to 1, and with all other tokens as a 17th. Neither
+model's logits are held; the last line says what that saves.
 
     pip install jxent flax optax orbax-checkpoint tokenizers matplotlib tqdm
     python distill.py            # the full run; everything it writes goes to distill/
@@ -55,16 +55,24 @@ def jensen_shannon(teacher, student, where):
     return jxent.linear_js_divergence(*teacher, *student, where=where, **OPTIONS)
 
 
+def most_probable(teacher, where):
+    """The teacher's most probable tokens, which here are found anew in each step."""
+    return jax.lax.stop_gradient(jxent.linear_top_k(*teacher, TOP, where=where, **OPTIONS))
+
+
 def top_tokens(teacher, student, where):
-    """The cross-entropy of the teacher's most probable tokens, which here are found anew in each step."""
-    hidden, embedding = teacher
-
-    def best(hidden):  # of one sequence, so that no more logits are held
-        values, indices = jax.lax.top_k(hidden @ embedding.T, TOP)
-        return jxent.SparseLabels(indices, jxent.softmax(values))
-
-    labels = jax.lax.stop_gradient(jax.lax.map(best, hidden))
+    """The cross-entropy of those tokens, with probabilities that add up to 1."""
+    top = most_probable(teacher, where)
+    labels = jxent.SparseLabels(top.indices, jxent.softmax(top.log_probs))
     return jxent.linear_cross_entropy(*student, labels, where=where, **OPTIONS)
+
+
+def top_and_rest(teacher, student, where):
+    """KL(teacher || student) of those tokens and one more, which stands for all others."""
+    top = most_probable(teacher, where)
+    of_student = jxent.linear_log_probs(*student, top.indices, where=where, **OPTIONS)
+    of_both = (jnp.concatenate([each.log_probs, each.log_rest[..., None]], -1) for each in (top, of_student))
+    return jxent.kl_divergence(*of_both, where=where)
 
 
 def dense(teacher, student, where):
@@ -79,6 +87,7 @@ METHODS = {
     "reverse KL": reverse,
     "JS": jensen_shannon,
     f"the teacher's top {TOP}": top_tokens,
+    f"top {TOP} and the rest": top_and_rest,
 }
 
 
@@ -143,11 +152,11 @@ def plot(curves, of_teacher, path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("distill"), help="folder of all that is written")
-    parser.add_argument("--steps", type=int, help="of each student")
+    parser.add_argument("--steps", type=int, help="of each student, 250 if not given")
     parser.add_argument("--smoke", action="store_true", help="a tiny teacher and tiny students")
     args = parser.parse_args()
     settings = train_lm.SMOKE if args.smoke else train_lm.Settings()
-    of_students = student_settings(settings, args.steps or (10 if args.smoke else 600))
+    of_students = student_settings(settings, args.steps or (10 if args.smoke else 250))
     out = args.out / "smoke" if args.smoke else args.out
     out.mkdir(parents=True, exist_ok=True)
 
