@@ -85,7 +85,10 @@ def test_linear_under_jit(name, layout, mode):
     ],
 )
 def test_other_linear_losses_under_jit(name, mode):
-    assert_equal(run(name, "FSDP and vocabulary", mode)[0], on_one_device(name))
+    found, program, _ = run(name, "FSDP and vocabulary", mode)
+    assert_equal(found, on_one_device(name))
+    if "sigmoid" in name:
+        assert_nothing_else_moves(program.as_text(), "FSDP and vocabulary")
 
 
 LINEAR_DIVERGENCES = ("linear-kl", "linear-js-none", "linear-tv")
