@@ -106,6 +106,7 @@ def linear_sigmoid_cross_entropy(
       ... )
       >>> pairs = jxent.sigmoid_cross_entropy(scale * image @ text.T + bias, jnp.eye(8), reduction="sum")
       >>> print(f"{loss:.4f} {pairs / 8:.4f}")
+      10.3690 10.3690
 
     References:
       Zhai et al., Sigmoid Loss for Language Image Pre-Training, https://arxiv.org/abs/2303.15343.
