@@ -165,7 +165,7 @@ def tv_distance(
     logits_q: Float[ArrayLike, "*shape"],
     *,
     axis: int = -1,
-    temperature: Float[ArrayLike, ""] = 1.0,
+    temperature: Float[ArrayLike, "*#positions"] = 1.0,
     sample_weight: Float[ArrayLike, "*#positions"] | None = None,
     where: Bool[ArrayLike, "*#positions"] | None = None,
     reduction: Reduction = "mean",
@@ -183,7 +183,8 @@ def tv_distance(
       logits_p: unnormalized log-probabilities of P, float16, bfloat16, float32 or float64.
       logits_q: those of Q, of the same shape. Either side may mask classes with -inf.
       axis: the class axis.
-      temperature: divides both logits first.
+      temperature: divides both logits first; a number, or an array that broadcasts to the positions, as in
+        `kl_divergence`.
       sample_weight: multiplies each position's distance and its term of the mean's denominator.
       where: boolean; False masks a position, even if it contains NaN.
       reduction: ``"mean"``, ``"sum"`` or ``"none"``, as in `kl_divergence`.

@@ -212,7 +212,7 @@ def linear_tv_distance(
     bias_p: Float[ArrayLike, " vocab"] | None = None,
     bias_q: Float[ArrayLike, " vocab"] | None = None,
     vocab_axis: int | tuple[int, int] = -1,
-    temperature: Float[ArrayLike, ""] = 1.0,
+    temperature: Float[ArrayLike, "*#positions"] = 1.0,
     sample_weight: Float[ArrayLike, "*#positions"] | None = None,
     where: Bool[ArrayLike, "*#positions"] | None = None,
     reduction: Reduction = "mean",
@@ -235,7 +235,8 @@ def linear_tv_distance(
       bias_p: added to the logits of P in at least float32. A class with a bias of -inf is masked.
       bias_q: the same for Q.
       vocab_axis: the axis of the vocabulary, -1 or 0, or a pair of them, as in `linear_kl_divergence`.
-      temperature: divides both logits first.
+      temperature: divides both logits first; a number, or an array that broadcasts to the positions, as in
+        `kl_divergence`.
       sample_weight: multiplies each position's distance and its term of the mean's denominator.
       where: boolean; False masks a position, even if its hidden states contain NaN. Blocks skip masked positions.
       reduction: ``"mean"``, ``"sum"`` or ``"none"``, as in `kl_divergence`.

@@ -393,3 +393,23 @@ def test_devices_with_zero_cotangents_of_their_own(mode):
             placed = [jax.device_put(a, NamedSharding(mesh, spec)) for a, spec in zip(arrays, specs, strict=True)]
             found = jax.jit(jax.value_and_grad(mapped if mode == "shard_map" else f, (0, 1)))(*placed)
         chex.assert_trees_all_close(jax.tree.map(np.asarray, found), wanted, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("check_vma", [False, True])
+def test_shards_of_the_classes_with_zero_cotangents_of_their_own(check_vma):
+    """Each of two shards takes the losses of every other position. Both must compute the same blocks."""
+    mesh = jax.make_mesh((2,), ("vocab",), axis_types=(AxisType.Auto,))
+    specs, kernel = (P(), P(None, "vocab")), jnp.asarray(np.concatenate([KERNEL, KERNEL[:, :1]], 1))
+
+    def losses(hidden, kernel, **options):
+        return jxent.linear_cross_entropy(hidden, kernel, LABELS, reduction="none", block_size=BLOCK, **options)
+
+    def on_each(*arrays):
+        mine = np.arange(L) % 2 == jax.lax.axis_index("vocab")
+        return jax.lax.psum(jnp.sum(jnp.where(mine, WEIGHTS * losses(*arrays, axis_name="vocab"), 0)), "vocab")
+
+    mapped = jax.shard_map(on_each, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=check_vma)
+    found = jax.jit(jax.grad(mapped, (0, 1)))(jnp.asarray(HIDDEN), kernel)
+    wanted = jax.jit(jax.grad(lambda *arrays: jnp.sum(WEIGHTS * losses(*arrays)), (0, 1)))(jnp.asarray(HIDDEN), kernel)
+    chex.assert_trees_all_close(jax.tree.map(np.asarray, found), wanted, rtol=1e-11, atol=1e-12)

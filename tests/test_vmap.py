@@ -88,7 +88,7 @@ CASES = {
     "js": Case(
         jxent.js_divergence, ("logits_p", "logits"), POSITIONAL | keywords(temperature="temperatures"), {"beta": 0.3}
     ),
-    "tv": Case(jxent.tv_distance, ("logits_p", "logits"), POSITIONAL | keywords("temperature")),
+    "tv": Case(jxent.tv_distance, ("logits_p", "logits"), POSITIONAL | keywords(temperature="temperatures")),
     "linear-kl": Case(jxent.linear_kl_divergence, (*OF_P, *OF_Q), OF_BOTH),
     "linear-js": Case(jxent.linear_js_divergence, (*OF_P, *OF_Q), OF_BOTH, {"reduction": "none"}),
     "linear-tv": Case(jxent.linear_tv_distance, (*OF_P, *OF_Q), OF_BOTH),

@@ -68,8 +68,8 @@ class Objective(abc.ABC):
     An implementor is a frozen, hashable dataclass with fields `axis` (the class axis) and `shards` (of the classes).
     `jxent._objective.rule` makes differentiable functions of an objective, for given logits and for the logits of one
     block of positions (`jxent._sweep`). All arrays of positions are row arrays (`passes`), except costs with several
-    `entries`, which only a sweep takes, with the classes on the last axis. Masked positions may contain
-    anything, also NaN. The rule takes their costs and gradients out, and no derivative may depend on them.
+    `entries`, which only a sweep takes, with the classes on the last axis. Masked positions may contain anything, also
+    NaN. The rule takes their costs and gradients out, and no derivative may depend on them.
     """
 
     axis: int

@@ -27,6 +27,7 @@ from jax import Array, lax
 from jaxtyping import Bool, Float
 
 from jxent._core.forward_mode import mapped_with
+from jxent._core.indexing import first_largest
 from jxent._core.weights import only
 from jxent._rows.passes import Row
 from jxent._rows.terms import centered, expm1
@@ -111,8 +112,7 @@ def _log_probs_jvp(axis: int, cap: float | None, primals: Any, tangents: Any) ->
     dy_rest = jnp.where(gone, 0, dy.rest + drest.log_z)
     first = only(counted, lax.stop_gradient(of.listed), -jnp.inf)
     listed_top = jnp.max(first, axis, keepdims=True)
-    places = lax.broadcasted_iota(jnp.int32, first.shape, axis)
-    at_top = places == jnp.min(jnp.where(first == listed_top, places, first.shape[axis]), axis, keepdims=True)
+    at_top = lax.broadcasted_iota(jnp.int32, first.shape, axis) == first_largest(first, axis)
     of_listed_top = jnp.sum(jnp.where(at_top, dy.listed, 0), axis, keepdims=True)
     reference = jnp.where(lax.stop_gradient(of.rest) >= listed_top, dy_rest, of_listed_top)
     dlisted, drest = dy.listed - reference, dy_rest - reference

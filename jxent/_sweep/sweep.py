@@ -230,10 +230,13 @@ def _by_rows(
     """The step of `order.by_blocks`, and the carry that it begins with."""
 
     def one_block(rows: Array) -> tuple[Any, Gradients]:
-        part, weights = jax.tree.map(partial(order.take, positions, rows), arrays)
-        if "temperature" in part:  # 1 instead of 0, so that nothing is divided by 0
-            part["temperature"] = order.take(positions, rows, arrays[0]["temperature"], fill=1)
-        return block(part, weights)
+        def taken(tree: Any, fill: float = 0) -> Any:
+            return jax.tree.map(partial(order.take, positions, rows, fill=fill), tree)
+
+        part, weights = arrays
+        # A temperature beyond the last position is 1, so that nothing is divided by 0.
+        part = {name: taken(array, 1 if name == "temperature" else 0) for name, array in part.items()}
+        return block(part, taken(weights))
 
     traced_once = jax.jit(jax.checkpoint(one_block, prevent_cse=False), inline=True)
 
