@@ -1,11 +1,11 @@
 """Memory, collectives and traffic of the losses, read from compiled programs. Nothing runs, and no device is needed.
 
     pip install -e ".[bench,test]"
-    python benchmarks/compiled.py memory                           # docs/memory.md
-    python benchmarks/compiled.py post-training --platform h100    # docs/memory.md, beside Liger's figures
-    python benchmarks/compiled.py sharding --platform tpu          # docs/sharding.md
-    python benchmarks/compiled.py steps --platform tpu             # docs/sharding.md, whole training steps, h100 too
-    python benchmarks/compiled.py traffic --platform tpu           # docs/performance.md, a quarter of an hour
+    python benchmarks/compiled.py memory                           # docs/guides/memory.md
+    python benchmarks/compiled.py post-training --platform h100    # docs/guides/memory.md, beside Liger's figures
+    python benchmarks/compiled.py sharding --platform tpu          # docs/guides/sharding.md
+    python benchmarks/compiled.py steps --platform tpu             # docs/guides/sharding.md, training steps, h100 too
+    python benchmarks/compiled.py traffic --platform tpu           # docs/benchmarks/cpu.md, a quarter of an hour
     python benchmarks/compiled.py memory --smoke                   # small sizes
 
 The platform is this CPU unless it is named. platforms.py says what to install for the compilers of H100 and TPU. Prints

@@ -1,7 +1,7 @@
 """Relative errors of losses, divergences and their derivatives in float32, by jxent and by other libraries.
 
     pip install -e ".[bench]" distrax                         # PyTorch and distrax are optional
-    python benchmarks/exactness.py                            # the tables of docs/numerics.md, half a minute
+    python benchmarks/exactness.py                            # the tables of docs/theory/formulas.md, half a minute
     python benchmarks/exactness.py --out benchmarks/records   # and its figures, over more values
 
 Rows have 1000 classes. Of the cross-entropy the label's logit lies `margin` above the largest of the others, `offset`

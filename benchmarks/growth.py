@@ -1,7 +1,7 @@
 """How time and temporaries of the losses with gradients grow with positions and with classes, for each library.
 
     pip install -e ".[bench]"                                   # PyTorch is drawn too, if it is installed
-    python benchmarks/growth.py --out benchmarks/records        # the figures of docs/performance.md, and their record
+    python benchmarks/growth.py --out benchmarks/records        # the figures of docs/benchmarks/cpu.md and a record
     python benchmarks/growth.py --smoke                         # tiny sizes
     python benchmarks/growth.py --draw benchmarks/records/growth-cpu.json --out .     # the figures of an earlier run
 

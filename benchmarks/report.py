@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 MIB = 2**20
 RECORDS = pathlib.Path(__file__).parent / "records"
+FIGURES = RECORDS.parent.parent / "docs" / "figures"  # of the records; the site has only what is below docs/
 
 
 def machine():
@@ -83,6 +84,7 @@ def save(record, folder, name):
 
 def save_figure(figure, panels, folder, name):
     """Writes a PNG, without the frame of the panels."""
+    folder = FIGURES if folder.resolve() == RECORDS.resolve() else folder
     for panel in panels:
         panel.grid(color="0.92", linewidth=0.7)
         panel.spines[["top", "right"]].set_visible(False)

@@ -2,7 +2,7 @@
 
 Rows of Q are those of P with noise of 30 to 1e-6, at any offset, or have nothing to do with them. The value has terms
 of one sign, and its error is relative to it. Those of a gradient are relative to the largest element of its row, as
-docs/numerics.md promises.
+docs/theory/formulas.md promises.
 """
 
 from functools import partial

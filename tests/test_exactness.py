@@ -1,4 +1,4 @@
-"""Full relative precision of losses and gradients, at every margin and offset (docs/numerics.md).
+"""Full relative precision of losses and gradients, at every margin and offset (docs/theory/formulas.md).
 
 The bound is 5e-6 for float32: x - m rounds to half an ulp of at most 64, which is 1.9e-6 of exp(x - m), and log p
 rounds likewise once more. A gradient element below float32's normal range is not judged.

@@ -1,4 +1,4 @@
-"""Gradients taken on each device of the global loss: what they are, as docs/sharding.md says, wherever they are taken.
+"""Gradients taken on each device of the global loss are what docs/guides/sharding.md says, wherever they are taken.
 
 Where JAX does not check replication it differentiates the sum of what all devices return. So gradients are averaged
 there; who sums them trains with as many times the rate as there are devices.

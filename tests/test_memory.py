@@ -1,4 +1,4 @@
-"""No copy of the logits, read from the compiled CPU program (docs/memory.md)."""
+"""No copy of the logits, read from the compiled CPU program (docs/guides/memory.md)."""
 
 import math
 import re
@@ -94,7 +94,7 @@ def test_losses(name, shape, dtype):
 def test_forward_mode(name, shape, dtype):
     """Numbers for each position, besides the tangent that is given.
 
-    But where a CPU keeps float32 exponentials for a gradient to come (docs/memory.md) it has taken them once.
+    But where a CPU keeps float32 exponentials for a gradient to come (docs/guides/memory.md) it has taken them once.
     """
     args, size = arguments(shape, dtype)
     has_aux = name.endswith(("stats", "everything"))

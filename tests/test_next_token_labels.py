@@ -154,7 +154,7 @@ def test_inside_vmap():
 
 
 def test_a_loss_of_a_sharded_sequence():
-    """As `docs/sharding.md` writes it: no label is lost, with the mean over all positions."""
+    """As `docs/guides/sharding.md` writes it: no label is lost, with the mean over all positions."""
     logits = np.random.default_rng(4).normal(size=(4, 16, 50)).astype(np.float32)
 
     def loss(logits, tokens):

@@ -89,7 +89,7 @@ BELOW = {  # what each part of the package may import besides itself; the public
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
 def test_imports_point_down(source):
-    """As docs/design.md says; `jxent/__init__.py` alone imports the public modules."""
+    """As docs/project/design.md says; `jxent/__init__.py` alone imports the public modules."""
     part = source.relative_to(PACKAGE).parts[0].removesuffix(".py")
     tree = ast.parse(source.read_text(encoding="utf-8"))
     modules = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
@@ -98,9 +98,9 @@ def test_imports_point_down(source):
 
 
 def test_every_file_of_tests_is_listed():
-    """docs/design.md says what each one guarantees."""
+    """docs/project/design.md says what each one guarantees."""
     tests = pathlib.Path(__file__).parent
-    text = (tests.parent / "docs" / "design.md").read_text(encoding="utf-8")
+    text = (tests.parent / "docs" / "project" / "design.md").read_text(encoding="utf-8")
     table = text.partition("## Which tests hold what\n")[2].partition("\n## ")[0]
     listed = set(re.findall(r"`(test_\w+)`", table))
     assert listed == {path.stem for path in tests.glob("test_*.py")}

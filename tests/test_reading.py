@@ -90,11 +90,11 @@ def test_kinds_are_asked_for_in_their_own_folders():
     assert not wrong, wrong
 
 
-DESIGN = (ROOT.parent / "docs" / "design.md").read_text(encoding="utf-8")
+DESIGN = (ROOT.parent / "docs" / "project" / "design.md").read_text(encoding="utf-8")
 
 
 def test_glossary():
-    """Each entry that is code is used; each contract, and what the contracts hand around, is in docs/design.md."""
+    """Each entry that is code is used; contracts, and what they hand around, are in docs/project/design.md."""
     table = DESIGN.partition("## Glossary\n")[2].partition("\n## ")[0]
     entries = re.findall(r"^\| (.+?) \|", table, re.MULTILINE)[1:]
     text = "\n".join(path.read_text(encoding="utf-8") for path in ROOT.rglob("*.py"))
