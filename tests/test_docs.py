@@ -5,6 +5,7 @@ import html
 import importlib.util
 import re
 import textwrap
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ PAGES = {
     page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8")
     for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 }
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+HOSTED = PROJECT["urls"]["Repository"] + "/blob/main/"  # for what is not below docs/
 # A page about a library that the `test` extra does not install: the module that it imports, and what installs it.
 OTHERS = {
     "docs/in-your-code/equinox.md": ("equinox", "equinox"),
@@ -71,10 +74,10 @@ def prose(text):
 
 
 def links(text):
-    """Those that lead to a place of this repository: (path, anchor)."""
+    """Those that lead to a place of this repository, by its address or relatively: (path, anchor)."""
     found = re.findall(r"\]\(<?([^)>\s]*)>?(?:\s+\"[^\"]*\")?\)|(?:href|src)=\"([^\"]*)\"", prose(text))
     found += [(target, "") for target in re.findall(r"^\[[^\]]+\]: <?([^>\s]+)", prose(text), re.MULTILINE)]
-    targets = [html.unescape(first or second) for first, second in found]
+    targets = [html.unescape(first or second).replace(HOSTED, f"{ROOT}/") for first, second in found]
     return [target.partition("#")[::2] for target in targets if not re.match(r"[a-z]+:", target)]
 
 
@@ -113,8 +116,10 @@ def test_links_resolve(page):
 
 
 def test_broken_links_are_found():
-    text = "[a](nowhere.md) ![b](docs/figures/no.png) [c](docs/index.md#no-such) [d](https://no.example) `[e](no.md)`"
+    text = f"[x]({HOSTED}no.py) [y]({HOSTED}examples/sft.py) "
+    text += "[a](nowhere.md) ![b](docs/figures/no.png) [c](docs/index.md#no-such) [d](https://no.example) `[e](no.md)`"
     wrong = [
+        f"{ROOT}/no.py: no such file",
         "nowhere.md: no such file",
         "docs/figures/no.png: no such file",
         "docs/index.md#no-such: no such heading",
