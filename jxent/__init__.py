@@ -1,4 +1,32 @@
-"""Exact cross-entropy losses for JAX, with PyTorch's definitions."""
+"""Cross-entropy losses for JAX, with PyTorch's definitions.
+
+Losses of logits:
+    cross_entropy                 one right class per position, or class probabilities
+    sigmoid_cross_entropy         each logit a yes or no of its own
+    nll_loss                      labels against log-probabilities
+
+Losses and log-probabilities of an output layer, without the logits of all positions:
+    linear_cross_entropy          cross_entropy(hidden @ kernel + bias, labels)
+    linear_sigmoid_cross_entropy  a yes or no for each class; SigLIP
+    linear_log_probs              log-probabilities of given classes
+    linear_top_k                  the most probable classes
+
+Distances between two models:
+    kl_divergence, linear_kl_divergence
+    js_divergence, linear_js_divergence
+    tv_distance, linear_tv_distance
+
+Normalization:
+    softmax, log_softmax, logsumexp
+
+Labels and results:
+    next_token_labels             labels of a language model
+    SparseLabels                  a few classes per position, with probabilities
+    Stats                         what return_stats=True adds
+    ClassLogProbs                 what linear_log_probs and linear_top_k return
+
+Each docstring has the arguments and an example: help(jxent.cross_entropy).
+"""
 
 from jxent._call.loss import Stats
 from jxent._cross_entropy import cross_entropy

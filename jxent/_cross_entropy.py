@@ -58,13 +58,13 @@ def cross_entropy(
     batch_axis_name: AxisName | None = None,
     return_stats: bool = False,
 ) -> Float[Array, "..."] | tuple[Float[Array, "..."], Stats]:
-    r"""Cross-entropy between logits and labels, in nats.
+    """Cross-entropy between logits and labels, in nats.
 
-    For class indices :math:`t` the loss of a position is :math:`-w_t \log p_t`. For class probabilities :math:`q` it is
-    :math:`-\sum_j w_j q_j \log p_j`. Here :math:`p` is the softmax of the logits, and :math:`w` is `class_weight`.
-    PyTorch's ``cross_entropy`` has the same definition, with ``axis=1``. Loss and gradients keep full relative
-    precision at any offset (a constant that all logits share). In float32 they keep it up to a margin of about 80 (in
-    float64 about 700). The margin is the distance from the label's logit down to the next one.
+    With a class index t as the label, the loss of a position is ``-w[t] * log(p[t])``. With class probabilities q it is
+    ``-sum(w * q * log(p))``. Here p is the softmax of the logits, and w is `class_weight`. PyTorch's ``cross_entropy``
+    has the same definition, with ``axis=1``. Loss and gradients keep full relative precision at any offset (a constant
+    that all logits share). In float32 they keep it up to a margin of about 80 (in float64 about 700). The margin is the
+    distance from the label's logit down to the next one.
 
     Args:
       logits: unnormalized log-probabilities, float16, bfloat16, float32 or float64. A class whose logit is -inf is
@@ -106,14 +106,14 @@ def cross_entropy(
       return_stats: also return `Stats`.
 
     Returns:
-      The loss in float32, or in float64 if an input is: a scalar, or for ``reduction="none"`` the positions' shape.
-      With `return_stats`, the pair (loss, `Stats`).
+      The loss is in float32, or in float64 if an input is. It is a scalar, or has the positions' shape with
+      ``reduction="none"``. With `return_stats`, you get the pair (loss, `Stats`).
 
     Raises:
       TypeError: an argument of the wrong type or dtype.
       ValueError: an argument of the wrong shape or value.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, jxent
       >>> logits = jnp.array([[2.0, 0.5, -1.0], [0.1, 0.2, 3.0]])
       >>> labels = jnp.array([0, 2])

@@ -33,10 +33,10 @@ def kl_divergence(
     axis_name: AxisName | None = None,
     batch_axis_name: AxisName | None = None,
 ) -> Float[Array, "..."]:
-    r"""Kullback-Leibler divergence KL(P || Q) between the distributions of two rows of logits, in nats.
+    """Kullback-Leibler divergence KL(P || Q) between the distributions of two rows of logits, in nats.
 
-    It is :math:`\sum_j p_j (\log p_j - \log q_j)`, with :math:`p` and :math:`q` the softmax of the logits. For
-    distillation, call ``kl_divergence(teacher, student)``. For the reverse divergence of on-policy distillation, call
+    It is ``sum(p * (log(p) - log(q)))``, where p and q are the softmax of the two rows. For distillation, call
+    ``kl_divergence(teacher, student)``. For the reverse divergence of on-policy distillation, call
     ``kl_divergence(student, teacher)``. Value and gradients keep full relative precision even if P and Q nearly agree,
     and at any offset (a constant that all logits share). This holds as long as the classes that matter lie less than
     about 80 below the largest (700 in float64). The value is never negative. Both arguments are differentiable. If one
@@ -57,17 +57,18 @@ def kl_divergence(
       reduction: ``"mean"`` divides the sum over the unmasked positions by their number, or by the sum of their
         `sample_weight`. For logits of two axes, PyTorch calls this ``"batchmean"``. ``"sum"`` does not divide, and
         ``"none"`` gives each position's divergence.
-      axis_name, batch_axis_name: mesh axes over which classes and positions are sharded, as in `cross_entropy`.
+      axis_name: the mesh axis or axes over which the classes are sharded, as in `cross_entropy`.
+      batch_axis_name: the same for the positions.
 
     Returns:
-      The divergence in float32, or in float64 if an input is: a scalar, or for ``reduction="none"`` the positions'
-      shape.
+      The divergence is in float32, or in float64 if an input is. It is a scalar, or has the positions' shape with
+      ``reduction="none"``.
 
     Raises:
       TypeError: an argument of the wrong type or dtype.
       ValueError: an argument of the wrong shape or value.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, jxent
       >>> teacher = jnp.array([[2.0, 0.5, -1.0], [0.1, 0.2, 3.0]])
       >>> student = jnp.array([[1.0, 0.5, 0.0], [0.0, 0.0, 4.0]])
@@ -108,11 +109,11 @@ def js_divergence(
     axis_name: AxisName | None = None,
     batch_axis_name: AxisName | None = None,
 ) -> Float[Array, "..."]:
-    r"""Jensen-Shannon divergence between the distributions of two rows of logits, in nats.
+    """Jensen-Shannon divergence between the distributions of two rows of logits, in nats.
 
-    It is :math:`\beta\, KL(P \| M) + (1 - \beta)\, KL(Q \| M)` with :math:`M = \beta P + (1 - \beta) Q`. It is finite
-    even if P and Q mask different classes. For small :math:`\beta` it is near :math:`\beta\, KL(P \| Q)`, and for
-    :math:`\beta` near 1 it is near :math:`(1 - \beta)\, KL(Q \| P)`. It is as exact as `kl_divergence`.
+    It is ``beta * KL(P || M) + (1 - beta) * KL(Q || M)``, where the mixture M is ``beta * P + (1 - beta) * Q``. It is
+    finite even if P and Q mask different classes. For a beta near 0 it is about ``beta * KL(P || Q)``. For a beta near
+    1 it is about ``(1 - beta) * KL(Q || P)``. It is as exact as `kl_divergence`.
 
     Args:
       logits_p: unnormalized log-probabilities of P, float16, bfloat16, float32 or float64.
@@ -123,17 +124,18 @@ def js_divergence(
       sample_weight: multiplies each position's divergence and its term of the mean's denominator.
       where: boolean; False masks a position, even if it contains NaN.
       reduction: ``"mean"``, ``"sum"`` or ``"none"``, as in `kl_divergence`.
-      axis_name, batch_axis_name: mesh axes over which classes and positions are sharded, as in `cross_entropy`.
+      axis_name: the mesh axis or axes over which the classes are sharded, as in `cross_entropy`.
+      batch_axis_name: the same for the positions.
 
     Returns:
-      The divergence in float32, or in float64 if an input is: a scalar, or for ``reduction="none"`` the positions'
-      shape.
+      The divergence is in float32, or in float64 if an input is. It is a scalar, or has the positions' shape with
+      ``reduction="none"``.
 
     Raises:
       TypeError: an argument of the wrong type or dtype.
       ValueError: an argument of the wrong shape or value.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, jxent
       >>> teacher = jnp.array([[2.0, 0.5, -1.0], [0.1, 0.2, 3.0]])
       >>> student = jnp.array([[1.0, 0.5, 0.0], [0.0, 0.0, 4.0]])
@@ -172,12 +174,12 @@ def tv_distance(
     axis_name: AxisName | None = None,
     batch_axis_name: AxisName | None = None,
 ) -> Float[Array, "..."]:
-    r"""Total variation distance between the distributions of two rows of logits, a number from 0 to 1.
+    """Total variation distance between the distributions of two rows of logits, a number from 0 to 1.
 
-    It is :math:`\frac12 \sum_j |p_j - q_j|`, with :math:`p` and :math:`q` the softmax of the logits. With a model and
-    its draft model as the two sides, 1 minus the distance is the probability that speculative decoding accepts a
-    drafted token. The distance is as exact as `kl_divergence`. The derivative of :math:`|p_j - q_j|` is taken as 0
-    where both are equal, so equal rows have gradients of 0.
+    It is ``sum(abs(p - q)) / 2``, where p and q are the softmax of the two rows. With a model and its draft model as
+    the two sides, 1 minus the distance is the probability that speculative decoding accepts a drafted token. The
+    distance is as exact as `kl_divergence`. The derivative of ``abs(p - q)`` is taken as 0 where both are equal, so
+    equal rows have gradients of 0.
 
     Args:
       logits_p: unnormalized log-probabilities of P, float16, bfloat16, float32 or float64.
@@ -188,16 +190,18 @@ def tv_distance(
       sample_weight: multiplies each position's distance and its term of the mean's denominator.
       where: boolean; False masks a position, even if it contains NaN.
       reduction: ``"mean"``, ``"sum"`` or ``"none"``, as in `kl_divergence`.
-      axis_name, batch_axis_name: mesh axes over which classes and positions are sharded, as in `cross_entropy`.
+      axis_name: the mesh axis or axes over which the classes are sharded, as in `cross_entropy`.
+      batch_axis_name: the same for the positions.
 
     Returns:
-      The distance in float32, or in float64 if an input is: a scalar, or for ``reduction="none"`` the positions' shape.
+      The distance is in float32, or in float64 if an input is. It is a scalar, or has the positions' shape with
+      ``reduction="none"``.
 
     Raises:
       TypeError: an argument of the wrong type or dtype.
       ValueError: an argument of the wrong shape or value.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, jxent
       >>> model = jnp.array([[2.0, 0.5, -1.0], [0.1, 0.2, 3.0]])
       >>> draft = jnp.array([[1.0, 0.5, 0.0], [0.0, 0.0, 4.0]])

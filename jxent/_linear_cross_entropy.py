@@ -75,7 +75,7 @@ def linear_cross_entropy(
     recompute: bool = False,
     precision: Any = None,
 ) -> Float[Array, "..."] | tuple[Float[Array, "..."], Stats]:
-    r"""``cross_entropy(hidden @ kernel + bias, labels)`` in the memory of a few rows of logits, in nats.
+    """``cross_entropy(hidden @ kernel + bias, labels)`` in the memory of a few rows of logits, in nats.
 
     Use it for a language model, or for any classifier whose logits do not fit in memory. A sweep (a loop) goes over
     blocks of `block_size` positions. It computes the logits of a block, turns them into the loss and its gradients, and
@@ -134,14 +134,14 @@ def linear_cross_entropy(
         float32 in bfloat16, and a GPU in TensorFloat-32.
 
     Returns:
-      The loss in float32, or in float64 if an input is: a scalar, or for ``reduction="none"`` the leading shape of
-      `hidden`. With `return_stats`, the pair (loss, `Stats`).
+      The loss is in float32, or in float64 if an input is. It is a scalar, or has the leading shape of `hidden` with
+      ``reduction="none"``. With `return_stats`, you get the pair (loss, `Stats`).
 
     Raises:
       TypeError: an argument of the wrong type or dtype.
       ValueError: an argument of the wrong shape or value.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, jxent
       >>> hidden = jax.random.normal(jax.random.key(0), (2, 8, 16))  # (batch, length, features)
       >>> embedding = 0.1 * jax.random.normal(jax.random.key(1), (1000, 16))  # (vocab, features)

@@ -50,7 +50,7 @@ def linear_kl_divergence(
     recompute: bool = False,
     precision: Any = None,
 ) -> Float[Array, "..."]:
-    r"""KL(P || Q) of the logits of two output layers, ``hidden @ kernel + bias``, in the memory of a few rows of them.
+    """KL(P || Q) of the logits of two output layers, ``hidden @ kernel + bias``, in the memory of a few rows of them.
 
     Use it for distillation over a large vocabulary. It keeps the logits of only `block_size` positions of each side in
     memory. Gradients are computed only for arguments that you differentiate, so a frozen teacher costs one matmul. To
@@ -75,8 +75,8 @@ def linear_kl_divergence(
         Blocks skip masked positions, as in `linear_cross_entropy`.
       reduction: ``"mean"``, ``"sum"`` or ``"none"``, as in `kl_divergence`. With ``"none"`` the gradients are computed
         in the backward pass, which skips positions whose cotangents are all 0.
-      axis_name, batch_axis_name: mesh axes over which the vocabulary and the positions of both sides are sharded, as in
-        `linear_cross_entropy`.
+      axis_name: the mesh axis or axes over which the vocabulary of both sides is sharded, as in `linear_cross_entropy`.
+      batch_axis_name: the same for the positions.
       block_size: the largest number of positions in a block; the default is half of that of `linear_cross_entropy`,
         because there are logits of two sides.
       recompute: compute the gradients in the backward pass, with the logits' matmuls once more, so that no gradient is
@@ -84,13 +84,14 @@ def linear_kl_divergence(
       precision: the precision of the matmuls, as in `jax.lax.dot_general`.
 
     Returns:
-      The divergence in float32, or in float64 if an input is: a scalar, or for ``reduction="none"`` the leading shape.
+      The divergence is in float32, or in float64 if an input is. It is a scalar, or has the leading shape with
+      ``reduction="none"``.
 
     Raises:
       TypeError: an argument of the wrong type or dtype.
       ValueError: an argument of the wrong shape or value.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, jxent
       >>> keys = jax.random.split(jax.random.key(0), 4)
       >>> teacher = jax.random.normal(keys[0], (2, 8, 32)), jax.random.normal(keys[1], (32, 1000)) / 6
@@ -142,7 +143,7 @@ def linear_js_divergence(
     recompute: bool = False,
     precision: Any = None,
 ) -> Float[Array, "..."]:
-    r"""Jensen-Shannon divergence of the logits of two output layers, in the memory of a few rows of them, in nats.
+    """Jensen-Shannon divergence of the logits of two output layers, in the memory of a few rows of them, in nats.
 
     The value is that of `js_divergence`. Blocks, memory and gradients are as in `linear_kl_divergence`.
 
@@ -159,19 +160,21 @@ def linear_js_divergence(
       sample_weight: multiplies each position's divergence and its term of the mean's denominator.
       where: boolean; False masks a position, even if its hidden states contain NaN. Blocks skip masked positions.
       reduction: ``"mean"``, ``"sum"`` or ``"none"``, as in `kl_divergence`.
-      axis_name, batch_axis_name: mesh axes over which the vocabulary and the positions of both sides are sharded.
+      axis_name: the mesh axis or axes over which the vocabulary of both sides is sharded.
+      batch_axis_name: the same for the positions.
       block_size: the largest number of positions in a block.
       recompute: compute the gradients in the backward pass.
       precision: the precision of the matmuls, as in `jax.lax.dot_general`.
 
     Returns:
-      The divergence in float32, or in float64 if an input is: a scalar, or for ``reduction="none"`` the leading shape.
+      The divergence is in float32, or in float64 if an input is. It is a scalar, or has the leading shape with
+      ``reduction="none"``.
 
     Raises:
       TypeError: an argument of the wrong type or dtype.
       ValueError: an argument of the wrong shape or value.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, jxent
       >>> keys = jax.random.split(jax.random.key(0), 4)
       >>> teacher = jax.random.normal(keys[0], (2, 8, 32)), jax.random.normal(keys[1], (32, 1000)) / 6
@@ -222,7 +225,7 @@ def linear_tv_distance(
     recompute: bool = False,
     precision: Any = None,
 ) -> Float[Array, "..."]:
-    r"""Total variation distance of the logits of two output layers, in the memory of a few rows of them, from 0 to 1.
+    """Total variation distance of the logits of two output layers, in the memory of a few rows of them, from 0 to 1.
 
     The value is that of `tv_distance`. Blocks, memory and gradients are as in `linear_kl_divergence`. With a model and
     its draft model as the two sides, 1 minus the mean is the acceptance rate of speculative decoding.
@@ -240,19 +243,21 @@ def linear_tv_distance(
       sample_weight: multiplies each position's distance and its term of the mean's denominator.
       where: boolean; False masks a position, even if its hidden states contain NaN. Blocks skip masked positions.
       reduction: ``"mean"``, ``"sum"`` or ``"none"``, as in `kl_divergence`.
-      axis_name, batch_axis_name: mesh axes over which the vocabulary and the positions of both sides are sharded.
+      axis_name: the mesh axis or axes over which the vocabulary of both sides is sharded.
+      batch_axis_name: the same for the positions.
       block_size: the largest number of positions in a block.
       recompute: compute the gradients in the backward pass.
       precision: the precision of the matmuls, as in `jax.lax.dot_general`.
 
     Returns:
-      The distance in float32, or in float64 if an input is: a scalar, or for ``reduction="none"`` the leading shape.
+      The distance is in float32, or in float64 if an input is. It is a scalar, or has the leading shape with
+      ``reduction="none"``.
 
     Raises:
       TypeError: an argument of the wrong type or dtype.
       ValueError: an argument of the wrong shape or value.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, jxent
       >>> keys = jax.random.split(jax.random.key(0), 4)
       >>> teacher = jax.random.normal(keys[0], (2, 8, 32)), jax.random.normal(keys[1], (32, 1000)) / 6

@@ -34,6 +34,13 @@ class ClassLogProbs(NamedTuple):
 
     If a program returns `ClassLogProbs` and `jax.export` serializes it, its reader must import jxent. Return
     ``result._asdict()`` for other readers.
+
+    Examples:
+      >>> import jax.numpy as jnp, jxent
+      >>> kernel = jnp.log(jnp.array([[0.5, 0.3, 0.2]]))  # one feature, three classes
+      >>> top = jxent.linear_top_k(jnp.ones((1, 1)), kernel, 2)
+      >>> print(top.indices, jnp.exp(top.log_probs).round(3), jnp.exp(top.log_rest).round(3))
+      [[0 1]] [[0.5 0.3]] [0.2]
     """
 
     indices: Int[Array, "*positions k"]
@@ -66,7 +73,7 @@ def linear_log_probs(
     block_size: int | None = None,
     precision: Any = None,
 ) -> ClassLogProbs:
-    r"""Log-probabilities of k classes of each position, for the logits ``hidden @ kernel + bias``, in blocks of them.
+    """Log-probabilities of k classes of each position, for the logits ``hidden @ kernel + bias``, in blocks of them.
 
     Use it for the log-probabilities of sampled tokens, of candidates, or of the classes that a teacher has stored. It
     keeps the logits of only `block_size` positions in memory. Gradients are computed in the backward pass, and only
@@ -92,14 +99,14 @@ def linear_log_probs(
       precision: the precision of the matmuls, as in `jax.lax.dot_general`.
 
     Returns:
-      `ClassLogProbs`: the indices as int32, their log-probabilities in float32, or in float64 if an input is, and the
-      log-probability of all other classes together.
+      A `ClassLogProbs` of the indices (int32), their log-probabilities, and the log-probability of all other classes
+      together. Both are in float32, or in float64 if an input is.
 
     Raises:
       TypeError: an argument of the wrong type or dtype.
       ValueError: an argument of the wrong shape or value.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, jxent
       >>> hidden = jax.random.normal(jax.random.key(0), (2, 8, 16))  # (batch, length, features)
       >>> kernel = jax.random.normal(jax.random.key(1), (16, 1000)) / 4
@@ -144,7 +151,7 @@ def linear_top_k(
     block_size: int | None = None,
     precision: Any = None,
 ) -> ClassLogProbs:
-    r"""The k most probable classes of each position, for the logits ``hidden @ kernel + bias``, in blocks of them.
+    """The k most probable classes of each position, for the logits ``hidden @ kernel + bias``, in blocks of them.
 
     Use it to store a teacher's top k, or to restrict a loss or a sampler to the most probable classes. The
     log-probabilities are among all classes, and `log_rest` has what the k classes lack. The classes have the order of
@@ -169,14 +176,14 @@ def linear_top_k(
       precision: the precision of the matmuls, as in `jax.lax.dot_general`.
 
     Returns:
-      `ClassLogProbs`: the indices as int32, their log-probabilities in float32, or in float64 if an input is, and the
-      log-probability of all other classes together.
+      A `ClassLogProbs` of the indices (int32), their log-probabilities, and the log-probability of all other classes
+      together. Both are in float32, or in float64 if an input is.
 
     Raises:
       TypeError: an argument of the wrong type or dtype.
       ValueError: an argument of the wrong shape or value.
 
-    Example:
+    Examples:
       Store a teacher's two most probable classes, and train a student on them.
 
       >>> import jax, jax.numpy as jnp, jxent

@@ -47,7 +47,7 @@ def linear_sigmoid_cross_entropy(
     recompute: bool = False,
     precision: Any = None,
 ) -> Float[Array, "..."]:
-    r"""Binary cross-entropy of the logits ``hidden @ kernel + bias``, in the memory of a few rows of them, in nats.
+    """Binary cross-entropy of the logits ``hidden @ kernel + bias``, in the memory of a few rows of them, in nats.
 
     Each class is a yes or no of its own. The loss of a position is the sum of the `sigmoid_cross_entropy` of all its
     classes. Use it for a contrastive loss such as SigLIP, or for a classifier with many classes, of which several may
@@ -77,23 +77,24 @@ def linear_sigmoid_cross_entropy(
       reduction: ``"mean"`` divides the sum by the number of unmasked positions, or by the sum of their `sample_weight`.
         It does not divide by the number of classes. ``"sum"`` does not divide, and ``"none"`` gives each position's
         loss, with gradients computed in the backward pass.
-      axis_name, batch_axis_name: mesh axes over which the vocabulary and the positions are sharded, as in
-        `linear_cross_entropy`. Inside `jax.shard_map`, pass this shard's `kernel`, `bias`, `pos_weight` and probability
-        labels; pass the same `hidden` and index labels on every shard.
+      axis_name: the mesh axis or axes over which the vocabulary is sharded, as in `linear_cross_entropy`. Inside
+        `jax.shard_map`, pass this shard's `kernel`, `bias`, `pos_weight` and probability labels; pass the same `hidden`
+        and index labels on every shard.
+      batch_axis_name: the same for the positions.
       block_size: the largest number of positions in a block, as in `linear_cross_entropy`.
       recompute: compute the gradients in the backward pass, with a fourth matmul, so that no gradient is kept between
         the two passes. ``reduction="none"`` always does this.
       precision: the precision of the matmuls, as in `jax.lax.dot_general`.
 
     Returns:
-      The loss in float32, or in float64 if an input is: a scalar, or for ``reduction="none"`` the leading shape of
-      `hidden`.
+      The loss is in float32, or in float64 if an input is. It is a scalar, or has the leading shape of `hidden` with
+      ``reduction="none"``.
 
     Raises:
       TypeError: an argument of the wrong type or dtype.
       ValueError: an argument of the wrong shape or value.
 
-    Example:
+    Examples:
       SigLIP: each image has one text, and each pair of an image and a text is a yes or no of its own.
 
       >>> import jax, jax.numpy as jnp, jxent

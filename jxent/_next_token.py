@@ -55,7 +55,7 @@ def next_token_labels(
       ValueError: tokens without an axis, tokens that do not fit into their dtype in JAX, a dtype that cannot hold
         `ignore_index`, an `offset` below 1, or another argument of the wrong shape.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, jxent
       >>> print(jxent.next_token_labels(jnp.array([[5, 6, 7]])))
       [[   6    7 -100]]

@@ -44,22 +44,25 @@ def nll_loss(
       where: boolean, broadcasts to the positions; False masks a position, even if it contains NaN.
       ignore_index: a position with this index label is masked; None masks none.
       reduction: ``"mean"``, ``"sum"`` or ``"none"``, as in `cross_entropy`.
-      axis_name, batch_axis_name: mesh axes over which classes and positions are sharded, as in `cross_entropy`.
+      axis_name: the mesh axis or axes over which the classes are sharded, as in `cross_entropy`.
+      batch_axis_name: the same for the positions.
 
     Returns:
-      The loss in float32, or in float64 if an input is: a scalar, or for ``reduction="none"`` the positions' shape.
+      The loss is in float32, or in float64 if an input is. It is a scalar, or has the positions' shape with
+      ``reduction="none"``.
 
     Raises:
       TypeError: an argument of the wrong type or dtype.
       ValueError: an argument of the wrong shape or value.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, jxent
       >>> log_probs = jnp.log(jnp.array([[0.7, 0.2, 0.1], [0.1, 0.1, 0.8]]))
       >>> print(f"{jxent.nll_loss(log_probs, jnp.array([0, 2])):.4f}")
       0.2899
 
-    Reference: https://docs.pytorch.org/docs/stable/generated/torch.nn.NLLLoss.html
+    References:
+      https://docs.pytorch.org/docs/stable/generated/torch.nn.NLLLoss.html
     """
     name = "nll_loss"
     log_probs, of_kind, axis = label_checks.logits_and_labels(name, "log_probs", log_probs, labels, axis)

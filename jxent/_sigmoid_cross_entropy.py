@@ -34,11 +34,11 @@ def sigmoid_cross_entropy(
     reduction: Reduction = "mean",
     batch_axis_name: AxisName | None = None,
 ) -> Float[Array, "..."]:
-    r"""Binary cross-entropy between logits and labels, each logit a yes or no of its own, in nats.
+    """Binary cross-entropy between logits and labels, each logit a yes or no of its own, in nats.
 
-    The loss is :math:`-w\, y \log \sigma(x) - (1 - y) \log \sigma(-x)`, with :math:`\sigma` the sigmoid and :math:`w`
-    the `pos_weight`. PyTorch's ``binary_cross_entropy_with_logits`` has the same definition. Loss and derivatives of
-    every order keep full relative precision for any logit.
+    The loss of a logit x with label y is ``-w * y * log(sigmoid(x)) - (1 - y) * log(sigmoid(-x))``, where w is
+    `pos_weight`. PyTorch's ``binary_cross_entropy_with_logits`` has the same definition. Loss and derivatives of every
+    order keep full relative precision for any logit.
 
     Args:
       logits: log-odds of any shape, float16, bfloat16, float32 or float64. Every element is a position.
@@ -59,20 +59,22 @@ def sigmoid_cross_entropy(
         are those of this shard.
 
     Returns:
-      The loss in float32, or in float64 if an input is: a scalar, or for ``reduction="none"`` the shape of `logits`.
+      The loss is in float32, or in float64 if an input is. It is a scalar, or has the shape of `logits` with
+      ``reduction="none"``.
 
     Raises:
       TypeError: an argument of the wrong type or dtype.
       ValueError: an argument of the wrong shape or value.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, jxent
       >>> logits = jnp.array([[2.0, -1.0, 30.0], [0.5, 3.0, -4.0]])
       >>> labels = jnp.array([[1, 0, 1], [0, 1, 0]])
       >>> print(f"{jxent.sigmoid_cross_entropy(logits, labels):.4f}")
       0.2468
 
-    Reference: https://docs.pytorch.org/docs/stable/generated/torch.nn.BCEWithLogitsLoss.html
+    References:
+      https://docs.pytorch.org/docs/stable/generated/torch.nn.BCEWithLogitsLoss.html
     """
     name = "sigmoid_cross_entropy"
     logits = checks.floating(name, "logits", logits, "convert it with .astype(jnp.float32), or swap it with labels")

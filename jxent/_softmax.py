@@ -62,12 +62,13 @@ def logsumexp(
       TypeError: an argument of the wrong type or dtype.
       ValueError: an argument of the wrong shape or value.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, jxent
       >>> print(jxent.logsumexp(jnp.array([0.0, -20.0])))
       2.0611537e-09
 
-    Reference: https://docs.jax.dev/en/latest/_autosummary/jax.nn.logsumexp.html
+    References:
+      https://docs.jax.dev/en/latest/_autosummary/jax.nn.logsumexp.html
     """
     keepdims = checks.flag("logsumexp", "keepdims", keepdims)
     return _call("logsumexp", _logsumexp, logits, axis, where, axis_name, keepdims)
@@ -96,12 +97,13 @@ def softmax(
       TypeError: an argument of the wrong type or dtype.
       ValueError: an argument of the wrong shape or value.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, jxent
       >>> print(jxent.softmax(jnp.array([1.0, 1.0, -jnp.inf])))
       [0.5 0.5 0. ]
 
-    Reference: https://docs.jax.dev/en/latest/_autosummary/jax.nn.softmax.html
+    References:
+      https://docs.jax.dev/en/latest/_autosummary/jax.nn.softmax.html
     """
     return _call("softmax", _softmax, logits, axis, where, axis_name)
 
@@ -129,12 +131,13 @@ def log_softmax(
       TypeError: an argument of the wrong type or dtype.
       ValueError: an argument of the wrong shape or value.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, jxent
       >>> print(jxent.log_softmax(jnp.array([0.0, -20.0])))
       [-2.0611537e-09 -2.0000000e+01]
 
-    Reference: https://docs.jax.dev/en/latest/_autosummary/jax.nn.log_softmax.html
+    References:
+      https://docs.jax.dev/en/latest/_autosummary/jax.nn.log_softmax.html
     """
     return _call("log_softmax", _log_softmax, logits, axis, where, axis_name)
 

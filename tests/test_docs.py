@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import jxent
+
 ROOT = Path(__file__).parent.parent
 PAGES = {
     page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8")
@@ -125,3 +127,10 @@ def test_broken_links_are_found():
         "docs/index.md#no-such: no such heading",
     ]
     assert broken("README.md", text) == wrong
+
+
+@pytest.mark.parametrize("name", jxent.__all__)
+def test_every_public_name_has_a_page_of_the_reference(name):
+    assert f"::: jxent.{name}\n" in PAGES[f"docs/reference/{name}.md"]
+    assert f"]({name}.md)" in PAGES["docs/reference/index.md"]
+    assert f"reference/{name}.md\n" in (ROOT / "mkdocs.yml").read_text(encoding="utf-8")

@@ -53,8 +53,25 @@ def test_signatures(name):
 
 
 def test_help_lists_the_functions():
+    """First what each is for, then the functions themselves."""
     text = pydoc.render_doc(jxent, renderer=pydoc.plaintext)
     assert all(f"\n    {name}(" in text for name in FUNCTIONS)
+    assert set(re.findall(r"\w+", text.partition("\nPACKAGE CONTENTS")[0])) >= set(jxent.__all__)
+
+
+@pytest.mark.parametrize("name", jxent.__all__)
+def test_docstrings_are_read_by_the_site_and_by_help(name):
+    """An example that doctest runs, an entry for each argument, and mathematics without markup."""
+    text = inspect.getdoc(getattr(jxent, name))
+    sections = dict(re.findall(r"^(\w+):\n((?:  .*\n|\n)+)", text + "\n", re.MULTILINE))
+    assert f"jxent.{name}(" in sections["Examples"] or name in ("Stats", "ClassLogProbs")
+    assert ">>> " in sections["Examples"]
+    assert ":math:" not in text
+    if name in FUNCTIONS:
+        entries = re.findall(r"^  (\w+): ", sections["Args"], re.MULTILINE)
+        assert entries == [*inspect.signature(getattr(jxent, name)).parameters]
+        # What comes before a colon would be taken as a type.
+        assert ":" not in sections["Returns"].splitlines()[0]
 
 
 def test_without_a_place_for_the_rules_of_checkify():

@@ -35,6 +35,15 @@ class Stats(NamedTuple):
 
     If a program returns `Stats` and `jax.export` serializes it, its reader must import jxent. Return `stats._asdict()`
     for other readers.
+
+    Examples:
+      >>> import jax.numpy as jnp, jxent
+      >>> logits, labels = jnp.array([[2.0, 0.0], [0.0, 3.0], [1.0, 0.0]]), jnp.array([0, 0, -100])
+      >>> loss, stats = jxent.cross_entropy(logits, labels, return_stats=True)
+      >>> print(stats.prediction, stats.correct, stats.count)
+      [0 1 0] [ True False False] 2
+      >>> print(f"accuracy {stats.correct.sum() / stats.count:.2f}")
+      accuracy 0.50
     """
 
     log_prob: Float[Array, "*positions"]

@@ -32,6 +32,14 @@ class SparseLabels(NamedTuple):
     class repeats, its probabilities add up. An entry with probability 0 changes nothing, even if its index is out of
     range. Any other index out of range makes its position NaN. The probabilities need not sum to 1, and are not
     normalized.
+
+    Examples:
+      >>> import jax.numpy as jnp, jxent
+      >>> logits = jnp.array([[2.0, 0.5, -1.0]])
+      >>> labels = jxent.SparseLabels(jnp.array([[0, 1]]), jnp.array([[0.9, 0.1]]))  # two of the three classes
+      >>> dense = jnp.array([[0.9, 0.1, 0.0]])
+      >>> print(f"{jxent.cross_entropy(logits, labels):.4f} {jxent.cross_entropy(logits, dense):.4f}")
+      0.3913 0.3913
     """
 
     indices: Int[Array | np.ndarray, "*positions k"]
