@@ -9,6 +9,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import quickstart_notebook
 
 import jxent
 
@@ -134,3 +135,8 @@ def test_every_public_name_has_a_page_of_the_reference(name):
     assert f"::: jxent.{name}\n" in PAGES[f"docs/reference/{name}.md"]
     assert f"]({name}.md)" in PAGES["docs/reference/index.md"]
     assert f"reference/{name}.md\n" in (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+
+
+def test_the_notebook_is_that_of_the_quickstart():
+    made = (ROOT / "docs" / "quickstart.ipynb").read_text(encoding="utf-8")
+    assert made == quickstart_notebook.notebook(), "run python tests/quickstart_notebook.py"
