@@ -2,7 +2,7 @@
 
     pip install -e ".[bench]" distrax                         # PyTorch and distrax are optional
     python benchmarks/exactness.py                            # the tables of docs/theory/formulas.md, half a minute
-    python benchmarks/exactness.py --out benchmarks/records   # and its figures, over more values
+    python benchmarks/exactness.py --out benchmarks/records   # and its figures and the README's, over more values
 
 Rows have 1000 classes. Of the cross-entropy the label's logit lies `margin` above the largest of the others, `offset`
 is added to all. Of KL(P || Q) the logits of Q are those of P plus noise. The truth is NumPy, with float64 or more, on
@@ -290,13 +290,13 @@ def draw(experiment, found, folder):
     plt.close(figure)
 
 
-def draw_lines(panel, found):
+def draw_lines(panel, found, texts=8.5, above=1.3):
     for i, name in enumerate(dict.fromkeys(row["library"] for row in found)):
         values, worst = zip(*((row["value"], row["error"]) for row in found if row["library"] == name), strict=True)
         panel.plot(values, worst, label=name.strip("`"), linewidth=WIDTHS[i], zorder=9 if i == 0 else 2 + i)
-    for at, style, text, place in ((1, ":", "100%: a result of 0", 1.3), (ROUNDOFF, "--", "unit roundoff", 0.45)):
+    for at, style, text, place in ((1, ":", "100%: a result of 0", above), (ROUNDOFF, "--", "unit roundoff", 0.45)):
         panel.axhline(at, color="0.35", linewidth=0.9, linestyle=style, zorder=1)
-        panel.annotate(text, (0.4, at * place), xycoords=("axes fraction", "data"), fontsize=8.5, color="0.25")
+        panel.annotate(text, (0.4, at * place), xycoords=("axes fraction", "data"), fontsize=texts, color="0.25")
     panel.set_yscale("log")
     percent = FuncFormatter(lambda e, _: f"{e:.0%}" if 0.009 < e < 2 else f"1e{np.log10(e):.0f}")
     panel.yaxis.set_major_formatter(percent)
@@ -316,6 +316,22 @@ def shade_underflow(panel, found):
     panel.set(xlim=(-1, end), ylim=(1.5e-8, 6))
 
 
+def draw_first_page(experiment, found, folder):
+    """The loss at offset 0 in one panel, which can be read on a telephone."""
+    chosen = [row for row in found if (row["offset"], row["quantity"]) == (0, "loss")]
+    end = min(row["value"] for row in chosen if row["smallest_exponential"] < SMALLEST)
+    figure, panel = plt.subplots(figsize=(4.4, 4.0), layout="constrained")
+    draw_lines(panel, chosen, texts=9.5, above=1.9)
+    panel.axvspan(end, max(experiment.drawn), color="0.9", linewidth=0, zorder=0)
+    panel.annotate("float32's normal\nnumbers end", (end + 9, 2e-4), ha="left", va="center", fontsize=9.5, rotation=90)
+    panel.set(xlim=(-1, max(experiment.drawn)), ylim=(1.5e-8, 9))
+    panel.set(xlabel="margin of the label's logit over the next", ylabel="relative error of the loss")
+    handles, labels = panel.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9.5)
+    save_figure(figure, [panel], folder, f"{experiment.name}-loss", dpi=200)
+    plt.close(figure)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=pathlib.Path, help="folder of the figures")
@@ -324,7 +340,10 @@ def main():
     for experiment in experiments():
         print_tables(experiment, errors(experiment, experiment.tried, seed=0))
         if args.out:
-            draw(experiment, errors(experiment, experiment.drawn, seed=1), args.out)
+            found = errors(experiment, experiment.drawn, seed=1)
+            draw(experiment, found, args.out)
+            if experiment.name == "exactness":
+                draw_first_page(experiment, found, args.out)
 
 
 if __name__ == "__main__":

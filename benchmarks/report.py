@@ -82,12 +82,12 @@ def save(record, folder, name):
     print(f"\n{path}")
 
 
-def save_figure(figure, panels, folder, name):
+def save_figure(figure, panels, folder, name, dpi=110):
     """Writes a PNG, without the frame of the panels."""
     folder = FIGURES if folder.resolve() == RECORDS.resolve() else folder
     for panel in panels:
         panel.grid(color="0.92", linewidth=0.7)
         panel.spines[["top", "right"]].set_visible(False)
     folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / f"{name}.png", dpi=110)
+    figure.savefig(folder / f"{name}.png", dpi=dpi)
     print(f"\n{folder / name}.png")
