@@ -120,7 +120,8 @@ def test_every_file_of_tests_is_listed():
     text = (tests.parent / "docs" / "project" / "design.md").read_text(encoding="utf-8")
     table = text.partition("## Which tests hold what\n")[2].partition("\n## ")[0]
     listed = set(re.findall(r"`(test_\w+)`", table))
-    assert listed == {path.stem for path in tests.glob("test_*.py")}
+    in_archive = (tests.parent / "PKG-INFO").exists()  # has no docs to test: see pyproject.toml
+    assert listed == {path.stem for path in tests.glob("test_*.py")} | ({"test_docs"} if in_archive else set())
 
 
 def test_import_touches_no_device():
