@@ -8,6 +8,7 @@ import textwrap
 import tomllib
 from pathlib import Path
 
+import prose as english
 import pytest
 import quickstart_notebook
 
@@ -140,3 +141,15 @@ def test_every_public_name_has_a_page_of_the_reference(name):
 def test_the_notebook_is_that_of_the_quickstart():
     made = (ROOT / "docs" / "quickstart.ipynb").read_text(encoding="utf-8")
     assert made == quickstart_notebook.notebook(), "run python tests/quickstart_notebook.py"
+
+
+def test_prose_is_counted():
+    long = " ".join(["word"] * 26) + ". "
+    page = f"# Heading\n\n{long}Short: yes; no.\n\n```text\na; b; c\n```\n\n| a: b | c; d |\n"
+    assert english.faults("docs/guides/page.md", page) == [
+        "26 words a sentence at the 95th percentile, above 25",
+        "2 colons and semicolons in 30 words, above 1",
+        "no word to the reader (you)",
+    ]
+    assert english.faults("docs/theory/page.md", page.replace("word " * 3, "", 1)) == []
+    assert english.faults("docs/guides/page.md", "# Heading\n\nYou read `a: b; c` [here](https://a.example/b).\n") == []
