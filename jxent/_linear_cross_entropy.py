@@ -99,7 +99,7 @@ def linear_cross_entropy(
         shape of `hidden`.
       where: boolean, broadcasts to the leading shape of `hidden`; False masks a position, even if its hidden state
         contains NaN. Blocks skip the positions that `where` or `ignore_index` masks, so the time follows the number of
-        unmasked positions; docs/benchmarks/cpu.md lists the exceptions.
+        unmasked positions; docs/benchmarks/skipping.md lists the exceptions.
       ignore_index: a position with this index label is masked; None masks none.
       label_smoothing: in [0, 1]; the part of each label that is spread evenly over the classes.
       z_loss_weight: adds ``z_loss_weight * logsumexp(logits)**2`` to the loss of each unmasked position.

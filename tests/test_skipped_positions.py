@@ -98,7 +98,7 @@ def test_equals_full_logits(name, reduction, recompute, by_labels, modes):
 
 
 def test_positions_without_a_weight_are_computed():
-    """What docs/benchmarks/cpu.md says to do for the time of all positions: the same loss, by one loop."""
+    """What docs/benchmarks/skipping.md says to do for the time of all positions: the same loss, by one loop."""
     mask, options = MASKS["answers"], {"vocab_axis": 1, "block_size": BLOCK}
     f = partial(jxent.linear_cross_entropy, HIDDEN.astype(np.float32), KERNEL.astype(np.float32), **options)
     weighed = jax.jit(
