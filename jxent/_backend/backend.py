@@ -1,7 +1,8 @@
 """The contract of a backend: the choices that depend on the platform."""
 
 import abc
-from typing import Any
+import enum
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
@@ -9,6 +10,28 @@ from jaxtyping import Float, Int
 
 Gradient = Float[Array, "rows columns"]
 """The gradient of a kernel, (features, vocab) or (vocab, features)."""
+
+
+class RowMode(enum.Enum):
+    """How the normalizer of each row of logits, and other sums over the classes, are computed."""
+
+    PASSES = enum.auto()
+    """By passes over the logits, which read them several times."""
+
+    SAVED_EXP = enum.auto()
+    """By passes. The first one keeps the exponentials, in an array of the logits' size."""
+
+    ONE_REDUCTION = enum.auto()
+    """By one reduction, if it has all that the costs need, and otherwise by passes."""
+
+
+class BlockNeeds(NamedTuple):
+    """What is computed in each block of positions."""
+
+    gradients: bool
+    kernel_gradient: bool
+    mode: RowMode
+    """How to compute the rows."""
 
 
 class Backend(abc.ABC):
@@ -32,6 +55,19 @@ class Backend(abc.ABC):
     def blocks_of_masked_sum(self, classes: int, itemsize: int) -> int:
         """The same number for a sum of exponentials that leaves one class out; a logit has `itemsize` bytes."""
 
+    def row_mode(self, has_gradients: bool, one_sum: bool) -> RowMode:
+        """How to compute the rows of a block, which has room for an array of the logits' size.
+
+        `one_sum` is True if the costs need only the maximum and one sum.
+        """
+        del has_gradients, one_sum
+        return RowMode.SAVED_EXP if self.saves_exp else RowMode.ONE_REDUCTION
+
+    def blocks_of_reduction(self, classes: int) -> int:
+        """The number of blocks of classes that `RowMode.ONE_REDUCTION` reduces first; 1 for no blocks."""
+        del classes
+        return 1
+
     @abc.abstractmethod
     def argmax(self, logits: Float[Array, "*shape"], axis: int, classes: int) -> Int[Array, "*row"]:
         """The first class with the largest logit, or the first whose logit is NaN; a row array of int32.
@@ -49,7 +85,7 @@ class Backend(abc.ABC):
         """
 
     @abc.abstractmethod
-    def block_size(self, kernel_has_gradient: bool, positions: Any, classes: int) -> int:
+    def block_size(self, positions: Any, classes: int, needs: BlockNeeds) -> int:
         """The number of positions in a block, whose logits are in memory at once. `positions` may be symbolic."""
 
     @abc.abstractmethod

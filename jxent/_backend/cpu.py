@@ -13,7 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jxent._backend.backend import Backend
+from jxent._backend.backend import Backend, BlockNeeds
 from jxent._backend.fusion import barrier
 from jxent._backend.matmuls import dot
 from jxent._backend.xla import by_budget
@@ -81,7 +81,7 @@ class CPU(Backend):
         indices = jnp.take_along_axis(groups, at // size, -1, mode="clip") * size + at % size
         return values.reshape(*logits.shape[:-1], k), indices.reshape(*logits.shape[:-1], k)
 
-    def block_size(self, kernel_has_gradient: bool, positions: Any, classes: int) -> int:
+    def block_size(self, positions: Any, classes: int, needs: BlockNeeds) -> int:
         return by_budget(positions, classes, least=256, budget=64 * 2**20)
 
     def kernel_gradient(self, hidden: Array, dlogits: Array, vocab_axis: int, precision: Any) -> Array:

@@ -8,13 +8,14 @@ from jax import lax
 
 from jxent._backend.backend import Backend
 from jxent._backend.cpu import CPU
+from jxent._backend.tpu import TPU
 from jxent._backend.xla import XLA
 
 T = TypeVar("T")
 Choice = TypeVar("Choice")
 
 DEFAULT = XLA()
-BACKENDS: dict[str, Backend] = {"cpu": CPU()}
+BACKENDS: dict[str, Backend] = {"cpu": CPU(), "tpu": TPU()}
 """The backends by JAX's name of the platform; all other platforms have the `DEFAULT`."""
 
 
@@ -23,11 +24,16 @@ def by_platform(choice: Callable[[Backend], Choice], function: Callable[..., T],
 
     If all backends choose alike, JAX traces the function once, and the program does not depend on the platform.
     """
-    default, others = choice(DEFAULT), {platform: choice(backend) for platform, backend in BACKENDS.items()}
-    if all(other == default for other in others.values()):
+    default, choices = choice(DEFAULT), {platform: choice(backend) for platform, backend in BACKENDS.items()}
+    programs = {platform: partial(function, other) for platform, other in choices.items() if other != default}
+    if not programs:
         return function(default, *operands)
-    programs = {platform: partial(function, other) for platform, other in others.items()}
     return lax.platform_dependent(*operands, default=partial(function, default), **programs)
+
+
+def backend_of(platform: str | None) -> Backend:
+    """The backend of a platform; None for a platform that the table does not have."""
+    return DEFAULT if platform is None else BACKENDS[platform]
 
 
 def itself(backend: Backend) -> Backend:

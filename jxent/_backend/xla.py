@@ -5,7 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jxent._backend.backend import Backend
+from jxent._backend.backend import Backend, BlockNeeds
 from jxent._backend.matmuls import dot
 from jxent._core.indexing import first_largest
 
@@ -27,9 +27,16 @@ class XLA(Backend):
         values, indices = lax.top_k(logits, k)
         return values, indices
 
-    def block_size(self, kernel_has_gradient: bool, positions: Any, classes: int) -> int:
-        least, budget = (1024, 2**30) if kernel_has_gradient else (512, 2**29)
-        return by_budget(positions, classes, least, budget)
+    def block_size(self, positions: Any, classes: int, needs: BlockNeeds) -> int:
+        """The positions of a block, from what an H100 computes and moves. `docs/guides/memory.md` has the figures.
+
+        Each block adds its share to the kernel's gradient, which is read and written in float32. Its matmul takes
+        longer than that traffic if 4 / block + 1 / features < bandwidth / flops. With 2048 features on an H100 that is
+        from 1400 positions on. Without that gradient a block only reads the kernel, and 300 positions are enough.
+        """
+        if needs.kernel_gradient:
+            return by_budget(positions, classes, least=1024, budget=2**31, most=2048)
+        return by_budget(positions, classes, least=512, budget=2**29)
 
     def kernel_gradient(self, hidden: Array, dlogits: Array, vocab_axis: int, precision: Any) -> Array:
         positions = tuple(range(hidden.ndim - 1))
@@ -43,10 +50,7 @@ class XLA(Backend):
         return dtype
 
 
-def by_budget(positions: Any, classes: int, least: int, budget: int) -> int:
-    """A quarter of the positions, or fewer if their float32 logits exceed `budget` bytes, but at least `least`.
-
-    Larger blocks read and write the kernel's gradient less often.
-    """
-    sizes = (positions // 4, budget // (4 * classes))
+def by_budget(positions: Any, classes: int, least: int, budget: int, most: int = 2**30) -> int:
+    """A quarter of the positions, or fewer if their float32 logits exceed `budget` bytes; from `least` to `most`."""
+    sizes = (positions // 4, budget // (4 * classes), most)
     return max(least, min((size for size in sizes if isinstance(size, int)), default=least))

@@ -19,7 +19,7 @@ from jax.interpreters import ad, batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jxent._backend.backend import Backend
-from jxent._backend.platform import BACKENDS, DEFAULT
+from jxent._backend.platform import BACKENDS, backend_of
 from jxent._core.config import traced_config
 from jxent._core.forward_mode import jvp_of_moving, linear, linear_p
 from jxent._core.shards import AxisNames, mesh_in_use
@@ -132,10 +132,10 @@ def _partitioned(*arrays: Array, static: _Static, backend: Backend) -> list[Arra
     return f(list(arrays))
 
 
-def _by_partitions(*arrays: Array, static: _Static, program: Any, backend: Backend) -> list[Array]:
+def _by_partitions(*arrays: Array, static: _Static, program: Any, platform: str | None) -> list[Array]:
     del program
     with static.config():
-        return _partitioned(*arrays, static=static, backend=backend)
+        return _partitioned(*arrays, static=static, backend=backend_of(platform))
 
 
 def _by_tpu(*arrays: Array, static: _Static, in_step: AxisNames | None) -> list[Array]:
@@ -157,7 +157,8 @@ def _by_tpu(*arrays: Array, static: _Static, in_step: AxisNames | None) -> list[
         of_kernels = {name: whole_features(vocab_axis) for name, vocab_axis in kernels.items()}
         specs = {"hidden": of_hidden, "hidden_p": of_hidden, **of_kernels}
         whole = {name: constrained(getattr(inputs, name), spec) for name, spec in specs.items()}
-        out, grads = swept(static.sweep, static.wrt, inputs._replace(**whole), coefficients, in_step, backend=DEFAULT)
+        inputs, backend = inputs._replace(**whole), backend_of("tpu")
+        out, grads = swept(static.sweep, static.wrt, inputs, coefficients, in_step, backend)
         for name in of_kernels.keys() & grads.keys():
             grads[name] = constrained(grads[name], of_kernels[name])
         return jax.tree.leaves((out, grads))
@@ -220,8 +221,7 @@ _sweep_p.def_impl(_plain)
 _sweep_p.def_abstract_eval(_abstract)
 batching.primitive_batchers[_sweep_p] = _batched
 ad.primitive_jvps[_sweep_p] = _jvp
-mlir.register_lowering(_sweep_p, mlir.lower_fun(partial(_by_partitions, backend=DEFAULT), multiple_results=True))
-for platform, of_platform in BACKENDS.items():
-    lowering = mlir.lower_fun(partial(_by_partitions, backend=of_platform), multiple_results=True)
-    mlir.register_lowering(_sweep_p, lowering, platform)
+for of_platform in [None, *BACKENDS]:
+    lowering = mlir.lower_fun(partial(_by_partitions, platform=of_platform), multiple_results=True)
+    mlir.register_lowering(_sweep_p, lowering, of_platform)
 mlir.register_lowering(_sweep_p, _lower_for_tpu, platform="tpu")

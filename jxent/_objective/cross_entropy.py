@@ -3,12 +3,16 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.custom_derivatives import SymbolicZero
 
+from jxent._backend.backend import RowMode
+from jxent._core.forward_mode import jvp_of_moving, mapped_with
 from jxent._core.indexing import at_index
 from jxent._core.shards import Shards, gradient_of_copies
 from jxent._core.weights import along, is_used
@@ -26,9 +30,10 @@ from jxent._rows.costs import (
     Scalars,
     coefficient_of_label,
 )
-from jxent._rows.normalizer import normalizer
+from jxent._rows.normalizer import Normalizer, normalizer, normalizer_of
 from jxent._rows.passes import Arrays, Class, Logits, Moving, Passes, Row, known
 from jxent._rows.prediction import largest_class
+from jxent._rows.reduction import Wanted, row_sums
 
 
 class Residuals(NamedTuple):
@@ -103,28 +108,59 @@ class CrossEntropy(Objective):
             exp_lacks_label=self.leaves_label_out(labels, like.shape[self.axis]),
         )
 
-    def forward(self, inputs: RowInputs, save_exp: bool) -> tuple[tuple[Costs, Array | None], Residuals]:
+    def forward(self, inputs: RowInputs, mode: RowMode) -> tuple[tuple[Costs, Array | None], Residuals]:
+        if mode is not RowMode.ONE_REDUCTION:
+            return self.by_passes(inputs, mode)
+        out, residuals = _by_one_reduction(self, inputs)
+        return out, residuals._replace(inputs=inputs)
+
+    def needs_one_sum(self, labels: Labels | None) -> bool:
+        return self.costs == ("label",) and not self.stats
+
+    def takes_one_reduction(self, labels: Labels | None, temperature: Array | None) -> bool:
+        """A soft cap and a temperature round the logits, and passes take care that they do so alike.
+
+        Dense labels are one more array of the logits' size, so one reduction does not make it smaller.
+        """
+        return self.logit_softcap is None and temperature is None and known(labels).dense is None
+
+    def by_passes(self, inputs: RowInputs, mode: RowMode) -> tuple[tuple[Costs, Array | None], Residuals]:
         logits, labels, classes = known(inputs.logits), known_labels(inputs), self.class_axis(inputs)
         axis_name, index = self.shards.axis_name, labels.index(classes)
         label_logit = None if index is None else at_index(logits, index, self.axis, axis_name)
         left_out = None
         if index is not None and label_logit is not None and self.leaves_label_out(labels, classes.size):
             left_out = index, label_logit
-        static = (self.axis,), self.logit_softcap, inputs.dtype, save_exp, axis_name
+        static = (self.axis,), self.logit_softcap, inputs.dtype, mode is RowMode.SAVED_EXP, axis_name
         row = normalizer(logits, left_out, temperature_row(inputs), *static)
-        log_z, invalid = row.log_z, labels.invalid(classes)
+        prediction = largest_class(logits, classes) if self.stats else None
+        before = Before(log_normalizer=row.log_normalizer, label_logit=label_logit)
+        return self._costs(inputs, row, before, prediction)
+
+    def by_sums(self, inputs: RowInputs) -> tuple[tuple[Costs, Array | None], Residuals]:
+        """`by_passes`, from the sums of one reduction."""
+        logits, labels, classes = known(inputs.logits), known_labels(inputs), self.class_axis(inputs)
+        smoothed = "uniform" in self.costs and inputs.class_weight is None
+        wanted = Wanted(distance=self.stats, linear=smoothed, prediction=self.stats)
+        sums = row_sums(logits, labels.index(classes), wanted, inputs.dtype, classes)
+        row = normalizer_of(sums, self.shards, classes.offset)
+        before = Before(log_normalizer=row.log_normalizer, label_logit=sums.label_logit, sums=sums)
+        return self._costs(inputs, row, before, sums.prediction)
+
+    def _costs(
+        self, inputs: RowInputs, row: Normalizer, before: Before, prediction: Array | None
+    ) -> tuple[tuple[Costs, Array | None], Residuals]:
+        log_z, invalid = row.log_z, known_labels(inputs).invalid(self.class_axis(inputs))
         if invalid is not None:
             log_z = jnp.where(invalid, jnp.nan, log_z)
 
         residuals = Residuals(inputs=inputs, row_max=row.row_max, log_z=log_z, kept={}, exp=None)
         passes, costs = self.passes(residuals, log_z), self.costs_of(inputs)
-        before = Before(log_normalizer=row.log_normalizer, label_logit=label_logit)
         values: dict[str, tuple[Row, Row | None]] = {}
         for name, cost in costs.items():
             values[name] = cost.value(passes, before)
             if name == "label":
                 before = before._replace(label=(cost, values[name]))
-        prediction = largest_class(logits, classes) if self.stats else None
         kept = {name: kept for name, (_, kept) in values.items()}
         out = {name: value for name, (value, _) in values.items()}
         return (out, prediction), residuals._replace(kept=kept, exp=row.exp)
@@ -235,6 +271,32 @@ class CrossEntropy(Objective):
 
     def largest_gradient(self, name: str) -> float:
         return (OPTIONAL | STATISTICS).get(name, Cost).largest_gradient
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _by_one_reduction(objective: CrossEntropy, inputs: RowInputs) -> Any:
+    """`CrossEntropy.forward` by one reduction, without the inputs in the residuals."""
+    out, residuals = objective.by_sums(inputs)
+    return mapped_with((out, residuals._replace(inputs=None)), inputs)
+
+
+# JAX cannot differentiate a reduction of several arrays. So tangents, and all that follows from them, are those of the
+# passes, which return the same numbers.
+def _by_one_reduction_jvp(objective: CrossEntropy, primals: Any, tangents: Any) -> tuple[Any, Any]:
+    (inputs,), (directions,) = primals, tangents
+    leaves, tree = jax.tree.flatten(inputs)
+    directions = tree.flatten_up_to(directions)
+    moving = [i for i, direction in enumerate(directions) if not isinstance(direction, SymbolicZero)]
+
+    def by_passes(*leaves: Array) -> Any:
+        out, residuals = objective.by_passes(tree.unflatten(leaves), RowMode.PASSES)
+        return out, residuals._replace(inputs=None)
+
+    moved = jvp_of_moving(by_passes, moving, leaves, [directions[i] for i in moving])[1]
+    return _by_one_reduction(objective, inputs), moved
+
+
+_by_one_reduction.defjvp(_by_one_reduction_jvp, symbolic_zeros=True)
 
 
 def _added_up(arrays: Iterable[Array | None], nothing: Array | None = None) -> Array | None:

@@ -43,6 +43,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool
 
+from jxent._backend.backend import RowMode
 from jxent._backend.fusion import unfused
 from jxent._core.reports import report_values
 from jxent._core.shards import Shards, largest
@@ -257,7 +258,7 @@ class DivergenceObjective(Objective):
     def largest_gradient(self, name: str) -> float:
         return self.divergence.largest_gradient
 
-    def forward(self, inputs: RowInputs, save_exp: bool) -> tuple[tuple[Costs, None], Residuals]:
+    def forward(self, inputs: RowInputs, mode: RowMode) -> tuple[tuple[Costs, None], Residuals]:
         dtype, axis, axis_name = inputs.dtype, self.axis, self.shards.axis_name
 
         def top_of(logits: Logits) -> Row:

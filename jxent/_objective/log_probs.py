@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Int
 
+from jxent._backend.backend import RowMode
 from jxent._core.indexing import first_of_equals, out_of_range
 from jxent._core.shards import Shards, gradient_of_copies, largest
 from jxent._labels.sparse import Entries
@@ -59,7 +60,7 @@ class ListedClasses(Objective):
     def known_indices(self, indices: Any, prediction: Array | None) -> Any:
         return prediction if indices is None else indices
 
-    def forward(self, inputs: RowInputs, save_exp: bool) -> tuple[tuple[Costs, Array | None], Residuals]:
+    def forward(self, inputs: RowInputs, mode: RowMode) -> tuple[tuple[Costs, Array | None], Residuals]:
         logits, classes, found = known(inputs.logits), self.class_axis(inputs), None
         indices, row_max = inputs.indices, None
         if indices is None:
@@ -76,7 +77,9 @@ class ListedClasses(Objective):
         if row_max is None:
             row_max = largest(lax.stop_gradient(jnp.max(others, self.axis, keepdims=True)), axis_name)
         temperature = temperature_row(inputs)
-        row = normalizer(others, None, temperature, (self.axis,), cap, inputs.dtype, save_exp, axis_name, row_max)
+        row = normalizer(
+            others, None, temperature, (self.axis,), cap, inputs.dtype, mode is RowMode.SAVED_EXP, axis_name, row_max
+        )
         rest = Rest(row_max=row.row_max, log_z=row.log_z, empty=row.log_normalizer == -jnp.inf)
         out = log_probs(listed, counted, rest, temperature, self.axis, cap)
         residuals = Residuals(

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
+from jxent._backend.backend import RowMode
 from jxent._core.indexing import at_index
 from jxent._core.shards import Shards
 from jxent._core.weights import along
@@ -49,7 +50,7 @@ class NegativeLogLikelihood(Objective):
         index = known_labels(inputs).index(self.class_axis(inputs))
         return None if index is None else at_index(values, index, self.axis, self.shards.axis_name)
 
-    def forward(self, inputs: RowInputs, save_exp: bool) -> tuple[tuple[Costs, None], Residuals]:
+    def forward(self, inputs: RowInputs, mode: RowMode) -> tuple[tuple[Costs, None], Residuals]:
         before = Before(log_normalizer=None, label_logit=self._at_label(inputs, known(inputs.logits)))
         cost, kept = self._cost(inputs).value(self._passes(inputs, None), before)
         invalid = known_labels(inputs).invalid(self.class_axis(inputs))

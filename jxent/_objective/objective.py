@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
+from jxent._backend.backend import RowMode
 from jxent._core.dtypes import compute_dtype
 from jxent._core.forward_mode import moving_where
 from jxent._core.reports import report_values
@@ -103,8 +104,12 @@ class Objective(abc.ABC):
         return indices
 
     @abc.abstractmethod
-    def forward(self, inputs: Any, save_exp: bool) -> tuple[tuple[Costs, Int[Array, "*row"] | None], Any]:
-        """((the costs, the prediction or None), residuals). With `save_exp` the residuals may contain exponentials."""
+    def forward(self, inputs: Any, mode: RowMode) -> tuple[tuple[Costs, Int[Array, "*row"] | None], Any]:
+        """((the costs, the prediction or None), residuals).
+
+        With `RowMode.SAVED_EXP` the residuals may contain exponentials. `RowMode.ONE_REDUCTION` is asked for only if
+        `takes_one_reduction` is True.
+        """
 
     @abc.abstractmethod
     def backward(self, residuals: Any, cotangents: Costs) -> Any:
@@ -117,6 +122,16 @@ class Objective(abc.ABC):
     @abc.abstractmethod
     def tangent(self, residuals: Any, moving: Any) -> Costs:
         """The tangents of the costs, linear in `moving`, the tangents of the inputs; None for a constant input."""
+
+    def needs_one_sum(self, labels: Labels | None) -> bool:
+        """Whether the costs need only the maximum and one sum of each row, for labels of this kind."""
+        del labels
+        return False
+
+    def takes_one_reduction(self, labels: Labels | None, temperature: Array | None) -> bool:
+        """Whether `forward` uses `RowMode.ONE_REDUCTION`, for labels of this kind and this temperature."""
+        del labels, temperature
+        return False
 
     def exchanges_logits(self, inputs: Any) -> bool:
         """Whether the loss's backward pass can do with exponentials instead of the logits.

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 from jax import Array
 
+from jxent._backend.backend import Backend, RowMode
 from jxent._backend.platform import by_platform
 from jxent._core.forward_mode import with_forward_mode
 from jxent._core.shards import each_shards_own, gradient_like, shared_cotangent
@@ -19,9 +20,14 @@ Out = tuple[Costs, Array | None]
 """(the costs of each position by name, the prediction if statistics are wanted), all row arrays (see `passes`)."""
 
 
+def _saves_exp(backend: Backend) -> bool:
+    """The `choice` of `by_platform` for given logits, whose rows are otherwise computed by passes."""
+    return backend.saves_exp
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _costs(objective: Objective, inputs: Any) -> Out:
-    return each_shards_own(objective.forward(inputs, False)[0], objective.shards, inputs.class_offset)
+    return each_shards_own(objective.forward(inputs, RowMode.PASSES)[0], objective.shards, inputs.class_offset)
 
 
 class _Kept(NamedTuple):
@@ -34,18 +40,18 @@ class _Kept(NamedTuple):
 
 def _costs_fwd(objective: Objective, inputs: Any) -> tuple[Out, _Kept]:
     def forward(save_exp: bool, inputs: Any) -> tuple[Out, tuple[Any, Array]]:
-        out, residuals = objective.forward(inputs, save_exp)
+        out, residuals = objective.forward(inputs, RowMode.SAVED_EXP if save_exp else RowMode.PASSES)
         logits_or_exp = residuals.exp if save_exp else inputs.logits
         return out, (residuals._replace(inputs=inputs.replace(logits=None), exp=None), logits_or_exp)
 
     inputs = inputs.without_masked()
     if objective.exchanges_logits(inputs):
-        out, (residuals, logits_or_exp) = by_platform(lambda backend: backend.saves_exp, forward, inputs)
+        out, (residuals, logits_or_exp) = by_platform(_saves_exp, forward, inputs)
         kept = _Kept(
             residuals=residuals, logits_or_exp=logits_or_exp, logits=inputs.logits if objective.stats else None
         )
     else:
-        out, residuals = objective.forward(inputs, False)
+        out, residuals = objective.forward(inputs, RowMode.PASSES)
         kept = _Kept(residuals=residuals)
     return each_shards_own(out, objective.shards, inputs.class_offset), kept
 
@@ -75,7 +81,7 @@ def _with_residuals(function: Any, kept: _Kept, operand: Any) -> Any:
 
     if kept.logits_or_exp is None:
         return function(kept.residuals, operand)
-    return by_platform(lambda backend: backend.saves_exp, of_platform, kept, operand)
+    return by_platform(_saves_exp, of_platform, kept, operand)
 
 
 def like_inputs(gradients: Any, inputs: Any) -> Any:
@@ -98,17 +104,17 @@ class BlockOf(NamedTuple):
     """The static part of the costs of one block."""
 
     objective: Objective
-    save_exp: bool
+    mode: RowMode
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _costs_of_block(static: BlockOf, inputs: Any) -> Out:
-    """`costs` for one block of positions. `save_exp` is given, so the residuals do not depend on the platform."""
+    """`costs` for one block of positions. The mode is given, so the residuals do not depend on the platform."""
     return _costs_of_block_fwd(static, inputs)[0]
 
 
 def _costs_of_block_fwd(static: BlockOf, inputs: Any) -> tuple[Out, Any]:
-    out, residuals = static.objective.forward(inputs, static.save_exp)
+    out, residuals = static.objective.forward(inputs, static.mode)
     return each_shards_own(out, static.objective.shards, inputs.class_offset), residuals
 
 

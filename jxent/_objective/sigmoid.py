@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
+from jxent._backend.backend import RowMode
 from jxent._backend.fusion import barrier, unfused
 from jxent._core.forward_mode import moving_where
 from jxent._core.reports import is_no_share
@@ -74,7 +75,7 @@ class SigmoidCrossEntropy(Objective):
     def names(self) -> tuple[str, ...]:
         return ("label",)
 
-    def forward(self, inputs: SigmoidInputs, save_exp: bool) -> tuple[tuple[Costs, None], Residuals]:
+    def forward(self, inputs: SigmoidInputs, mode: RowMode) -> tuple[tuple[Costs, None], Residuals]:
         x, w, a, b = _shares(self.dtype, inputs)
         losses = times(w, _paid(a, softplus(-x))) + _paid(b, softplus(x))
         # Otherwise XLA:CPU stores five arrays instead of this one if a sum follows.

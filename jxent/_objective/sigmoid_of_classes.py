@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Int, Num
 
+from jxent._backend.backend import RowMode
 from jxent._core.reports import rounding_of
 from jxent._core.shards import Shards
 from jxent._core.weights import along, product_of, times
@@ -96,7 +97,7 @@ class SigmoidOfClasses(Objective):
     def _invalid(self, inputs: RowInputs) -> Array | None:
         return known_labels(inputs).invalid(self.class_axis(inputs))
 
-    def forward(self, inputs: RowInputs, save_exp: bool) -> tuple[tuple[Costs, None], Residuals]:
+    def forward(self, inputs: RowInputs, mode: RowMode) -> tuple[tuple[Costs, None], Residuals]:
         passes, invalid = self._passes(inputs, None), self._invalid(inputs)
 
         def paid(c: Class, at_label: _AtLabel | None) -> Array:

@@ -31,6 +31,7 @@ from jax import Array
 from jxent._core.weights import is_used, product_of
 from jxent._rows import targets
 from jxent._rows.passes import Class, Passes, Row, known
+from jxent._rows.reduction import RowSums
 
 Coefficient = Array | float | None
 """The factor of a cost, an array for each position or one number for all; None for 1."""
@@ -49,6 +50,7 @@ class Before(NamedTuple):
     log_normalizer: Row | None
     label_logit: Row | None  # where each label is one class
     label: tuple["Cost", tuple[Row, Row | None]] | None = None  # the cost of the label, and its `value`
+    sums: RowSums | None = None  # if one reduction has taken them
 
 
 class Moved(NamedTuple):
@@ -194,6 +196,10 @@ class Uniform(TargetCost):
         return c.present
 
     def value(self, passes: Passes, before: Before) -> tuple[Row, Row]:
+        sums = before.sums
+        if sums is not None and sums.linear is not None and passes.arrays.weight is None:
+            n = jnp.maximum(known(sums.present), 1)
+            return sums.linear / n + known(passes.arrays.log_z), n
         n = jnp.maximum(passes.sum(self.unweighted), 1)
         return targets.cost(passes, self.share) / n, n
 
@@ -309,7 +315,10 @@ class Entropy(Cost):
     largest_gradient = 16
 
     def value(self, passes: Passes, before: Before) -> tuple[Row, Row]:
-        distance = passes.sum(lambda c: c.p_below())
+        if before.sums is None:
+            distance = passes.sum(lambda c: c.p_below())
+        else:
+            distance = known(before.sums.distance) / (1 + before.sums.rest)
         return known(passes.arrays.log_z) + distance, distance
 
     def rows(self, passes: Passes, kept: Row | None, cotangent: Row) -> tuple[Row, Row]:

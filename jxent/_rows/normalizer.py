@@ -28,6 +28,7 @@ from jaxtyping import Int
 from jxent._core.forward_mode import linear, mapped_with
 from jxent._core.shards import (
     AxisNames,
+    Shards,
     class_offset,
     each_shards_own,
     gradient_of_copies,
@@ -36,6 +37,7 @@ from jxent._core.shards import (
     shared_cotangent,
 )
 from jxent._rows.passes import Arrays, Class, Logits, Moving, Passes, Row
+from jxent._rows.reduction import RowSums
 from jxent._rows.terms import below_top_of_exponentials, centered, confident, rounded
 
 
@@ -94,16 +96,29 @@ def normalizer(
         below = passes.sum(lambda c: c.exp_z * below_top_of_exponentials(c.exp_z, c.one))
         # If the sum is at least 1.5, subtracting 1 loses little. If the sum is less, the maximum is unique.
         rest = jnp.where(everything < 1.5, below, everything - 1)
+    shards = shards_of(axis_name)
+    row = _normalizer(row_max, passes.top(), empty, rest, shards, class_offset(shards, 1))
+    return mapped_with(row._replace(exp=passes.arrays.exp), (logits, label, temperature))
+
+
+def normalizer_of(sums: RowSums, shards: Shards, offset: Int[Array, ""] | None) -> Normalizer:
+    """The `Normalizer` from what one reduction has found, over all shards."""
+    empty = sums.row_max == -jnp.inf
+    row_max = jnp.where(empty, 0, sums.row_max)
+    return _normalizer(row_max, row_max, empty, sums.rest, shards, offset)
+
+
+def _normalizer(
+    row_max: Row, top: Row, empty: Array, rest: Row, shards: Shards, offset: Int[Array, ""] | None
+) -> Normalizer:
+    """The `Normalizer` without exponentials. `top` is m divided by the temperature, and `rest` is that of one class."""
     empty &= rest == rest  # a maximum over shards may ignore NaN
     log_z = jnp.log1p(jnp.where(empty, 0, rest))
-    m = passes.top()
-    log_normalizer = jnp.where(m == jnp.inf, jnp.inf, m + log_z)  # where log_z is NaN
+    log_normalizer = jnp.where(top == jnp.inf, jnp.inf, top + log_z)  # where log_z is NaN
     log_normalizer = jnp.where(empty, -jnp.inf, log_normalizer)
     # `jax.vmap` would otherwise take these values as shared by the shards and their tangents as not shared.
-    shards = shards_of(axis_name)
-    row_max, log_z, log_normalizer = each_shards_own((row_max, log_z, log_normalizer), shards, class_offset(shards, 1))
-    row = Normalizer(row_max=row_max, log_z=log_z, log_normalizer=log_normalizer, exp=passes.arrays.exp)
-    return mapped_with(row, (logits, label, temperature))
+    row_max, log_z, log_normalizer = each_shards_own((row_max, log_z, log_normalizer), shards, offset)
+    return Normalizer(row_max=row_max, log_z=log_z, log_normalizer=log_normalizer, exp=None)
 
 
 # With dz[j] = dx[j] - dm, d log_z = sum of p[j] dz[j]. Any dm is right, because a shift of all logits changes no

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from jxent._backend.backend import Backend
+from jxent._backend.backend import Backend, RowMode
 from jxent._backend.fusion import barrier, unfused
 from jxent._backend.matmuls import dot, operands_of_block
 from jxent._core.dtypes import compute_dtype
@@ -126,6 +126,16 @@ def _layers(sweep: Sweep, inputs: Inputs, row_mask: Array | None) -> tuple[_Laye
     return of_q, _Layer(hidden=hidden, kernel=kernel, vocab_axis=sweep.vocab_axis_p, suffix="_p")
 
 
+def row_mode_of(sweep: Sweep, wrt: tuple[str, ...], backend: Backend, inputs: Inputs) -> RowMode:
+    """How the backend computes the rows of a block."""
+    mode = backend.row_mode(bool(wrt), sweep.objective.needs_one_sum(inputs.labels))
+    if mode is RowMode.SAVED_EXP and "temperature" in wrt:
+        return RowMode.PASSES  # the gradient by a temperature needs the logits; exponentials would be one more array
+    if mode is RowMode.ONE_REDUCTION and not sweep.objective.takes_one_reduction(inputs.labels, inputs.temperature):
+        return RowMode.PASSES
+    return mode
+
+
 def block_of(
     sweep: Sweep, wrt: tuple[str, ...], backend: Backend, inputs: Inputs, coefficients: dict[str, Array]
 ) -> tuple[Swept, Gradients]:
@@ -149,14 +159,13 @@ def block_of(
         class_offset=inputs.class_offset,
         indices=inputs.indices,
     ).without_masked()  # masked hidden states are 0 above, but masked label probabilities may be NaN
+    mode = row_mode_of(sweep, wrt, backend, inputs)
     if wrt:
-        # The gradient by a temperature needs the logits. Exponentials would be one more array of their size.
-        save_exp = backend.saves_exp and "temperature" not in wrt
         with jax.named_scope("rows"):
-            out, residuals = objective.forward(of_block, save_exp)
+            out, residuals = objective.forward(of_block, mode)
     else:
         of_block = objective.cast_alike(of_block)
-        static = BlockOf(objective=objective, save_exp=backend.saves_exp)
+        static = BlockOf(objective=objective, mode=mode)
         with jax.named_scope("rows"):
             out, residuals = costs_of_block(static, of_block), None
     entries: Any = {name: objective.entries(name) for name in out[0]}, objective.entries("prediction")

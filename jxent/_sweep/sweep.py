@@ -13,14 +13,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jxent._backend.backend import Backend
+from jxent._backend.backend import Backend, BlockNeeds
 from jxent._backend.platform import by_platform, itself
 from jxent._core.dtypes import compute_dtype
 from jxent._core.forward_mode import in_one_piece
 from jxent._core.shards import AxisNames, cast, checked, largest, varying
 from jxent._objective.objective import RowInputs
 from jxent._sweep import order
-from jxent._sweep.block import Gradients, Inputs, Sweep, Swept, block_of
+from jxent._sweep.block import Gradients, Inputs, Sweep, Swept, block_of, row_mode_of
 from jxent._sweep.blocks import Blocks, blocks_of, not_repeated, put, take
 
 Coefficients = dict[str, Array]
@@ -139,9 +139,13 @@ def _swept(
     layers = [(inputs.hidden, inputs.kernel)]
     if inputs.hidden_p is not None and inputs.kernel_p is not None:
         layers.append((inputs.hidden_p, inputs.kernel_p))
-    kernel_has_gradient = "kernel" in wrt or "kernel_p" in wrt
+    needs = BlockNeeds(
+        gradients=bool(wrt),
+        kernel_gradient="kernel" in wrt or "kernel_p" in wrt,
+        mode=row_mode_of(sweep, wrt, backend, inputs),
+    )
     divisor = len(layers) * sweep.objective.block_divisor
-    default = backend.block_size(kernel_has_gradient, math.prod(shape), classes) // divisor
+    default = backend.block_size(math.prod(shape), classes, needs) // divisor
     size = sweep.block_size or max(1, default)
     blocks = blocks_of(shape, size) if all(isinstance(length, int) for length in shape) else None
     scale = None
