@@ -10,6 +10,8 @@ whole grids. What the short run leaves out is marked where it stands, in one of 
 They are deselected, not skipped, and counted in the summary. `--left-out` runs them alone, and properties again with
 more examples, so that the two runs one after the other are the whole grids. `--left-out=8` runs about an eighth of
 them, always the same one, which is no pattern in any parameter.
+
+`JXENT_ROWS="one reduction"` in the environment runs the tests with the rows of blocks as a GPU and a TPU compute them.
 """
 
 import gc
@@ -22,6 +24,7 @@ import compiling
 import grids
 import hypothesis
 import jax
+import one_reduction
 import pytest
 
 # What JAX has traced lives on, in many small objects; to look among them for garbage took a third of the run.
@@ -37,6 +40,9 @@ collect_ignore = ["fixtures/export_torch.py"]  # a script for where PyTorch is i
 hypothesis.settings.register_profile("short", max_examples=2, deadline=None, derandomize=True)
 hypothesis.settings.register_profile("exhaustive", max_examples=10, deadline=None, derandomize=True)
 hypothesis.settings.register_profile("long", max_examples=1000, deadline=None)
+
+if os.environ.get("JXENT_ROWS") == "one reduction":  # in one_reduction.py
+    one_reduction.switch_on()
 
 LEFT_OUT = pytest.StashKey[int]()
 

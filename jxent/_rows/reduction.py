@@ -54,6 +54,12 @@ def _anchor(m: Array) -> Array:
     return STEP * jnp.floor(jnp.maximum(m, jnp.finfo(m.dtype).min) / STEP)
 
 
+def _difference(m: Array, low: Array) -> Array:
+    """m - low, which is finite for any logits but +inf, and 0 if both are -inf."""
+    end = jnp.finfo(m.dtype)
+    return jnp.minimum(jnp.maximum(m, end.min) - jnp.maximum(low, end.min), end.max)
+
+
 def _joined(a: RowSums, b: RowSums) -> RowSums:
     """The `RowSums` of the classes of both."""
     m, low = jnp.maximum(a.row_max, b.row_max), jnp.minimum(a.row_max, b.row_max)
@@ -79,7 +85,7 @@ def _joined(a: RowSums, b: RowSums) -> RowSums:
     out = RowSums(row_max=m, rest=rest + of_low, prediction=prediction)
     if a.label_logit is not None and b.label_logit is not None:
         out = out._replace(label_logit=a.label_logit + b.label_logit)
-    apart = jnp.minimum(m - jnp.maximum(low, jnp.finfo(low.dtype).min), jnp.finfo(low.dtype).max)
+    apart = _difference(m, low)
     if a.distance is not None and b.distance is not None:
         distance, low_distance = parts(a.distance, b.distance)
         out = out._replace(distance=distance + (scaled(low_distance) + apart * of_low))
@@ -155,8 +161,8 @@ def _over_shards(sums: RowSums, classes: ClassAxis) -> RowSums:
     """The `RowSums` of the classes of all shards, from those of this shard, relative to the maximum."""
     axis_name, axis, one = classes.shards.axis_name, classes.axis, jnp.ones((), sums.row_max.dtype)
     m = largest(sums.row_max, axis_name)
-    has_max, least = sums.row_max == m, jnp.finfo(m.dtype).min
-    apart = jnp.maximum(m, least) - jnp.maximum(sums.row_max, least)
+    has_max = sums.row_max == m
+    apart = _difference(m, sums.row_max)
     root = jnp.exp(-apart / 2)
     below = (sums.rest * root) * root + jnp.where(has_max | (sums.row_max == -jnp.inf), 0, root * root)
     # Each shard leaves out its largest class. So of n shards that have the maximum, n - 1 are put in again.
@@ -164,9 +170,9 @@ def _over_shards(sums: RowSums, classes: ClassAxis) -> RowSums:
     if sums.label_logit is not None:
         parts["label_logit"] = sums.label_logit
     if sums.distance is not None:
-        parts["distance"] = (sums.distance * root) * root + jnp.minimum(apart, -least) * below
+        parts["distance"] = (sums.distance * root) * root + apart * below
     if sums.present is not None and sums.linear is not None:
-        parts |= {"present": sums.present, "linear": sums.linear + jnp.minimum(apart, -least) * sums.present}
+        parts |= {"present": sums.present, "linear": sums.linear + apart * sums.present}
     together = total(jnp.concatenate([*parts.values()], axis), axis_name)
     of_all = dict(zip(parts, jnp.split(together, len(parts), axis), strict=True))
     prediction = sums.prediction
