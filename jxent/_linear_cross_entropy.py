@@ -124,10 +124,11 @@ def linear_cross_entropy(
         if `jax.jit` shards the positions, those of all devices together. A block needs temporary arrays of
         ``block_size * vocab`` logits and as many gradients of logits. The result does not depend on `block_size`. The
         default is a quarter of the positions, or as many as have 64 MiB of float32 logits if that is less, but at least
-        256. On a GPU or TPU these are 1 GiB and 1024, or half as much if the kernel has no gradient. For sharded arrays
-        the default counts the positions and classes of one device; for `Auto` axes on a TPU that you do not name, those
-        of all devices. A larger block makes larger matmuls and fewer updates of the kernel's gradient; a smaller one
-        takes less memory.
+        256. On a GPU it is 2 GiB, but from 1024 to 2048 positions, and on a TPU 1024 positions. If the kernel has no
+        gradient, it is 512 MiB there, but at least 512; for a loss without gradients on a TPU, which never writes the
+        logits, 2048 positions. For sharded arrays the default counts the positions and classes of one device; for
+        `Auto` axes on a TPU that you do not name, those of all devices. A larger block makes larger matmuls and fewer
+        updates of the kernel's gradient; a smaller one takes less memory.
       recompute: compute the gradients in the backward pass, with a fourth matmul, so that no gradient is kept between
         the two passes. ``reduction="none"`` always does this.
       precision: the precision of the matmuls, as in `jax.lax.dot_general`. Without ``"highest"``, a TPU multiplies

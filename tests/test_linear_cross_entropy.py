@@ -613,15 +613,20 @@ def test_gradients_of_a_mean_are_rounded_once():
         ("cpu", 0, 16384, 65536, 64),  # and at least 256 positions there too
         ("tpu", 1, 2048, 50, 2),  # at least 1024 positions
         ("tpu", 1, 2050, 50, 3),
-        ("cuda", 1, 65536, 65536, 16),  # 1 GiB of logits
+        ("tpu", 1, 65536, 65536, 64),  # and at most
+        ("cuda", 1, 65536, 65536, 32),  # at most 2048 positions
+        ("cuda", 1, 16384, 2**19, 16),  # and 2 GiB of logits
         ("tpu", 0, 1024, 50, 2),  # with a frozen kernel at least 512
         ("tpu", 0, 1026, 50, 3),
         ("cuda", 0, 65536, 65536, 32),  # and 512 MiB
+        ("cuda", None, 65536, 65536, 32),  # the loss alone, too
+        ("tpu", None, 65536, 65536, 32),  # the loss alone writes no logits there: 2048 positions
     ],
 )
 def test_default_block_size(platform, wrt, positions, vocab, blocks):
     """As the docstring has it, for where the program is to run, and not for where it is traced."""
-    step = jax.jit(jax.grad(jxent.linear_cross_entropy, wrt))
+    loss = jxent.linear_cross_entropy
+    step = jax.jit(loss if wrt is None else jax.grad(loss, wrt))
     shapes = ((positions, 2), jnp.float32), ((2, vocab), jnp.float32), ((positions,), jnp.int32)
     lowered = step.trace(*(jax.ShapeDtypeStruct(*shape) for shape in shapes)).lower(lowering_platforms=(platform,))
     found = re.findall(rf"-> tensor<(\d+)x{vocab}xf32>", lowered.as_text())

@@ -10,7 +10,7 @@ from one_reduction import OneReduction
 
 from jxent._backend.backend import RowMode
 from jxent._backend.platform import BACKENDS
-from jxent._core.shards import ClassAxis, Shards
+from jxent._core.shards import Shards
 from jxent._labels.index import IndexLabels
 from jxent._objective.cross_entropy import CrossEntropy
 from jxent._objective.objective import RowInputs

@@ -126,9 +126,8 @@ def row_sums(
 
 def _reduced(operands: RowSums, axis: int, blocks: int) -> RowSums:
     arrays, tree = jax.tree.flatten(operands)
-    initial = [
-        jnp.array(-jnp.inf if i == 0 else 0, array.dtype) for i, array in enumerate(arrays)
-    ]  # `row_max` is first
+    of_nothing = [-jnp.inf] + [0.0] * (len(arrays) - 1)  # `row_max` is the first
+    initial = [jnp.array(value, array.dtype) for value, array in zip(of_nothing, arrays, strict=True)]
 
     def joined(a: tuple[Array, ...], b: tuple[Array, ...]) -> tuple[Array, ...]:
         return tuple(jax.tree.leaves(_joined(tree.unflatten(a), tree.unflatten(b))))
@@ -159,7 +158,7 @@ def _relative_to_max(sums: RowSums) -> RowSums:
 
 def _over_shards(sums: RowSums, classes: ClassAxis) -> RowSums:
     """The `RowSums` of the classes of all shards, from those of this shard, relative to the maximum."""
-    axis_name, axis, one = classes.shards.axis_name, classes.axis, jnp.ones((), sums.row_max.dtype)
+    axis_name, one = classes.shards.axis_name, jnp.ones((), sums.row_max.dtype)
     m = largest(sums.row_max, axis_name)
     has_max = sums.row_max == m
     apart = _difference(m, sums.row_max)
@@ -173,8 +172,7 @@ def _over_shards(sums: RowSums, classes: ClassAxis) -> RowSums:
         parts["distance"] = (sums.distance * root) * root + apart * below
     if sums.present is not None and sums.linear is not None:
         parts |= {"present": sums.present, "linear": sums.linear + apart * sums.present}
-    together = total(jnp.concatenate([*parts.values()], axis), axis_name)
-    of_all = dict(zip(parts, jnp.split(together, len(parts), axis), strict=True))
+    of_all = {name: total(part, axis_name) for name, part in parts.items()}
     prediction = sums.prediction
     if prediction is not None and classes.offset is not None:
         best = jnp.where(jnp.isnan(sums.row_max), jnp.inf, sums.row_max)  # a maximum over shards may ignore NaN
