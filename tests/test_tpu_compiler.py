@@ -77,6 +77,11 @@ def temporaries(program):
     return (held.peak_memory_in_bytes - held.argument_size_in_bytes - held.output_size_in_bytes) / MIB
 
 
+def room_of_results(program):
+    """MiB that a block had in results that are not written yet, and has no more from JAX 0.12 on."""
+    return program.memory_analysis().output_size_in_bytes / MIB if jax.__version_info__ >= (0, 12) else 0
+
+
 def moved(program, least):
     """(kind, elements, whether in the loop) of the collectives of at least so many elements on a chip."""
     return sorted((c.kind, c.size, c.in_loop) for c in collectives(program.as_text()) if c.size >= least)
@@ -90,7 +95,7 @@ def test_batch_sequence_and_vocabulary(wrt, most, mode):
     assert {c.kind for c in collectives(program.as_text())} == {"all-reduce"}
     local_kernel = FEATURES * VOCAB // 2
     assert moved(program, local_kernel // 8) == ([("all-reduce", local_kernel, False)] if 1 in wrt else [])
-    assert temporaries(program) <= most
+    assert temporaries(program) <= most + room_of_results(program)
 
 
 @pytest.mark.parametrize("mode", ["Auto", "Explicit"])
@@ -281,7 +286,7 @@ def test_default_block(topology, wrt, most):
         array(features, vocab),
         array(positions, dtype=jnp.int32),
     )
-    assert temporaries(program) * MIB <= most * 4 * positions * vocab
+    assert temporaries(program) <= most * 4 * positions * vocab / MIB + room_of_results(program)
 
 
 def one_chip(f, topology, positions, features, vocab, vocab_axis=-1):
@@ -318,7 +323,7 @@ def test_no_logits_without_gradients(f, vocab_axis):
 def test_default_block_of_fewer_classes():
     """A quarter of the logits in float32, where a quarter of the positions would take half of them."""
     program = one_chip(jax.value_and_grad(jxent.linear_cross_entropy, (0, 1)), "v5e:2x2", 8191, 2048, 50257)
-    assert temporaries(program) * MIB <= 0.26 * 4 * 8191 * 50257
+    assert temporaries(program) <= 0.26 * 4 * 8191 * 50257 / MIB + room_of_results(program)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
