@@ -11,6 +11,7 @@ import peers
 
 PARTS = 8
 CONFIDENT = 16  # rows that are sure of their label
+LARGE = 2**40  # multiplications of one matmul
 
 
 class Case(NamedTuple):
@@ -38,13 +39,18 @@ class Truth(NamedTuple):
 
 
 def truth(case, arguments):
-    """In float64, of the same inputs, as one writes it in JAX."""
+    """Of the same inputs, as one writes it in JAX: in float64, and of sizes too large for a CPU in float32 here."""
     floats = [i for i, a in enumerate(arguments) if jnp.issubdtype(a.dtype, jnp.floating)]
 
     def sampled(*arguments):
         loss, gradients = jax.value_and_grad(case.reference, tuple(floats))(*arguments)
         return loss, [gradient[rows_of(gradient)] for gradient in gradients]
 
+    if math.prod(case.size) > LARGE:
+        wide = [a.astype(jnp.float32) if i in floats else a for i, a in enumerate(arguments)]
+        with jax.default_matmul_precision("highest"):
+            loss, gradients = jax.jit(sampled)(*wide)
+        return Truth(float(loss), dict(zip(floats, map(np.asarray, gradients), strict=True)))
     with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
         wide = [np.asarray(a).astype(np.float64) if i in floats else np.asarray(a) for i, a in enumerate(arguments)]
         loss, gradients = jax.jit(sampled)(*wide)

@@ -4,6 +4,7 @@
     python benchmarks/compare.py                         # the preset of the backend at hand: docs/benchmarks/cpu.md
     python benchmarks/compare.py --preset divergences    # docs/guides/memory.md; "policy" too
     python benchmarks/compare.py --preset skipping       # docs/benchmarks/skipping.md, by the share unmasked
+    python benchmarks/compare.py --preset gpu            # half an hour on a GPU: see gpu.py
     python benchmarks/compare.py --size 2048x512x50257 --rounds 15 --only jxent floor
     python benchmarks/compare.py --smoke                 # tiny sizes, half a minute; with --preset, of that preset
 
@@ -16,11 +17,10 @@ first run. Prints Markdown, and with `--out` writes a JSON record with every tim
 """
 
 import argparse
-import dataclasses
 import pathlib
 
+import gpu
 import jax
-import numpy as np
 import peers
 import skipping
 import timing
@@ -41,28 +41,23 @@ PRESETS = {
         *cases(["float32"], (500000, 10), (2048, 512, 50257), (4096, 256, 32000), (4096, 512, 128256)),
     ],
     "small": cases(["float32"], (1, 10), (32, 10), (1024, 100)),  # dispatch, not arithmetic
-    "gpu": [
-        *cases(["bfloat16"], (32768, 32768), (16384, 131072), (16384, 2048, 248320), (32768, 4096, 131072)),
-        *cases(["bfloat16"], (32768, 2560, 128256), (8192, 2304, 256000)),
-    ],
+    "gpu": cases(["bfloat16"], *gpu.SIZES),
     "tpu": cases(["bfloat16"], (8192, 151936), (8192, 2048, 151936)),
     "divergences": divergences(2048, 512, 256, 32000),
     "policy": [policy(2048, 256, 32000)],
     "skipping": [],  # skipping.py has its programs and sizes
 }
 SMOKE = {"divergences": divergences(64, 16, 8, 1000), "policy": [policy(64, 8, 1000)], "skipping": []}
+SMOKE["gpu"] = cases(["bfloat16"], *gpu.SMOKE_SIZES)
 SMOKE_OF_OTHERS = [of_size((130, 1003), "bfloat16"), of_size((100, 64, 1001), "float32")]
 ROUNDS = {"cpu": 7, "small": 400, "gpu": 20, "tpu": 20, "divergences": 7, "policy": 9, "skipping": 5}
 
-# What others have published for these sizes, on their hardware.
+# What others have published for these sizes, with gradients: docs/performance.md has the sources.
 PUBLISHED = {
-    (16384, 2048, 248320): "H100, with gradients: Apple's CCE 92.55 ms and 3.09 GB, full logits 137 ms and 47.6 GB, "
-    "Liger 321 ms",
-    (32768, 4096, 131072): "H100, with gradients: Liger's kernels for Hopper 211 ms",
-    (32768, 2560, 128256): "H100, with gradients: marin's default 208,000 tokens/s, full logits 247,000 tokens/s",
-    (8192, 2304, 256000): "A100, with gradients: Apple's CCE 134.8 ms",
-    (32768, 32768): "H100, forward: quack about 3.1 TB/s",
-    (16384, 131072): "H100, forward: quack about 3.1 TB/s",
+    (16384, 2048, 248320): "H100: CCE 92.55 ms and 3.09 GB, full logits 137 ms and 47.55 GB, Liger 321 ms and 6.05 GB",
+    (8192, 4096, 128256): "B200: Liger's CuTe kernels 17.51 ms and 2,415 MiB",
+    (32768, 4096, 128256): "H100, forward and backward: tokamax's full logits 57.4 + 156.1 ms, in chunks 110.8 + 284.5",
+    (32768, 2560, 128256): "H100: levanter's tiles 208,323 tokens/s, full logits 246,983 tokens/s",
 }
 
 
@@ -75,20 +70,9 @@ def measured(case, only, number, apart=True):
         grad = name == "value_and_grad"
         programs, left_out = timing.candidates(case, grad, sets, truths, only, apart)
         times, failed = timing.rounds(programs, number, f"{case}, {name}")
-        entries = [entry(program, times) for program in programs if program.name in times]
+        entries = [timing.entry(program, times) for program in programs if program.name in times]
         passes[name] = {"programs": entries, "left_out": left_out | failed}
     return {"title": str(case), "passes": passes}
-
-
-def entry(program, times):
-    numbers = dataclasses.asdict(program)
-    del numbers["run"], numbers["gradients"]
-    return numbers | {
-        "quartiles_s": np.percentile(times[program.name], (25, 50, 75)).tolist(),
-        "jxent_of_this": timing.ratio(times, "jxent", program.name),
-        "floor_of_this": timing.ratio(times, "floor", program.name),
-        "times_s": times[program.name],
-    }
 
 
 HEADS = (
@@ -108,7 +92,8 @@ def print_case(record):
     """The Markdown of one case's record."""
     for name, taken in record["passes"].items():
         print(f"\n{record['title']}: {'the loss' if name == 'forward' else 'the loss and its gradients'}")
-        table(HEADS, map(row, taken["programs"]))
+        of_peak = "share" in next(iter(taken["programs"]), {})
+        table((*HEADS, *(gpu.HEADS if of_peak else ())), map(row, taken["programs"]))
         for peer, why in taken["left_out"].items():
             print(f"\nLeft out: {peer}: {why}")
 
@@ -122,6 +107,8 @@ def row(program):
     seconds = "" if program["compile_s"] is None else f"{program['compile_s']:.1f} s"
     error = "" if program["loss_error"] is None else f"{program['loss_error']:.0e}"
     cells = [ms(median), f"{ms(low)} to {ms(high)}", *ratios, held, program["matmuls"] or "", seconds, error]
+    if "share" in program:
+        cells += [f"{program['share']:.0%}" if program["share"] else "", mib(program["peak_bytes"])]
     return [program["label"] or program["name"], *cells]
 
 
@@ -143,23 +130,31 @@ def main():
     parser.add_argument("--size", type=size, help="positions x classes, or positions x features x classes, instead")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="candidates by name, as the tables have them")
     parser.add_argument("--rounds", type=int, help="after one that warms up; by the preset")
+    parser.add_argument("--peak", type=float, help="TFLOP/s of a GPU that gpu.py does not know, for its shares")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes and two rounds, to see that it runs")
     parser.add_argument("--out", type=pathlib.Path, help="folder of the record, and of a figure of skipping")
     args = parser.parse_args()
     if args.preset == "skipping" and (args.size or args.only):
         parser.error("skipping has a size and programs of its own")
+    if args.preset == "gpu" and args.size and len(args.size) == 2:
+        parser.error("gpu times losses of hidden states: --size positions x features x classes")
     chosen = SMOKE.get(args.preset, SMOKE_OF_OTHERS) if args.smoke else PRESETS[args.preset]
     if args.size:
-        chosen = cases(BOTH, args.size)
+        chosen = cases(BOTH if args.preset != "gpu" else ["bfloat16"], args.size)
     number = args.rounds or (2 if args.smoke else ROUNDS[args.preset])
 
     record = machine() | {"rounds": number, "cases": []}
     print(f"{headline(record)}; {number} rounds")
+    if args.preset == "gpu":
+        chosen = gpu.prepare(record, chosen, number, args.smoke)
     for case in chosen:
-        record["cases"].append(measured(case, args.only, number, apart=not args.smoke))
+        only = args.only or (gpu.ONLY if args.preset == "gpu" else None)
+        record["cases"].append(measured(case, only, number, apart=not args.smoke))
+        if args.preset == "gpu":
+            gpu.complete(record, case, args.peak and args.peak * 1e12, args.out)
         print_case(record["cases"][-1])
         if case.size in PUBLISHED:
-            print(f"Published: {PUBLISHED[case.size]}.")
+            print(f"\nPublished, with gradients: {PUBLISHED[case.size]}.")
     if args.preset == "skipping":
         record |= skipping.measured(number, skipping.SMOKE if args.smoke else skipping.SIZE)
         skipping.print_table(record)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import jax
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # for hlo.py and train_step.py
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # for h100.py, hlo.py and train_step.py
 from compiled_memory import memory, post_training
 from compiled_sharding import sharding, steps
 from compiled_traffic import traffic

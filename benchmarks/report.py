@@ -23,7 +23,8 @@ def machine():
     with contextlib.suppress(OSError, StopIteration), open("/proc/cpuinfo") as file:
         cpu = next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
     versions = {"Python": platform.python_version()}
-    for name in ("jxent", "jax", "jaxlib", "numpy", "optax", "jax-cce", "tokamax", "torch", "distrax"):
+    libraries = "jax-cce", "tokamax", "torch", "cut-cross-entropy", "liger-kernel", "quack-kernels", "distrax"
+    for name in ("jxent", "jax", "jaxlib", "numpy", "optax", *libraries):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     return {

@@ -189,3 +189,15 @@ def rounds(programs, number, title):
 def ratio(times, name, to):
     """Median over the rounds of the time of `name` as a multiple of that of `to`; None if one was not timed."""
     return float(np.median(np.divide(times[name], times[to]))) if {name, to} <= times.keys() else None
+
+
+def entry(program, times):
+    """The record of one program."""
+    numbers = dataclasses.asdict(program)
+    del numbers["run"], numbers["gradients"]
+    return numbers | {
+        "quartiles_s": np.percentile(times[program.name], (25, 50, 75)).tolist(),
+        "jxent_of_this": ratio(times, "jxent", program.name),
+        "floor_of_this": ratio(times, "floor", program.name),
+        "times_s": times[program.name],
+    }

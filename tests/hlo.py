@@ -13,6 +13,7 @@ BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "
 FREE = {"parameter", "constant", "iota", "tuple", "get-tuple-element", "bitcast", "after-all", "while", "conditional"}
 FREE |= {"call", "opt-barrier", "partition-id", "replica-id", "copy-done", "slice-done", "async-done", "async-update"}
 SLICES = {"dynamic-slice", "slice", "gather", "slice-start"}
+CUBLAS = 'target="__cublas'  # XLA:GPU calls this library for multiplications of matrices
 CALLS = ("calls", "to_apply", "body", "condition", r"\w+_computations?")
 
 
@@ -57,8 +58,11 @@ def dimensions(type_):
 
 def size_in_hbm(type_):
     """Bytes of the arrays in HBM: those in another memory have a layout with S(1), or some other number."""
-    in_hbm = (a for a in arrays_in(type_) if not re.search(r"S\(\d", a[2]))
-    return sum(math.prod(sizes) * BYTES.get(dtype, 4) for dtype, sizes, _ in in_hbm)
+    return sum(array_in_hbm(*array) for array in arrays_in(type_))
+
+
+def array_in_hbm(dtype, sizes, layout):
+    return 0 if re.search(r"S\(\d", layout) else math.prod(sizes) * BYTES.get(dtype, 4)
 
 
 class Program:
@@ -114,7 +118,7 @@ class Program:
                 kind, arrays = made.opcode.removesuffix("-start"), arrays_in(made.type)
                 if kind not in KINDS:
                     continue
-                if made.opcode == "all-gather-start":
+                if made.opcode in ("all-gather-start", "reduce-scatter-start"):
                     arrays = arrays[len(arrays) // 2 :]  # of (operands, results)
                 if name.startswith("all-reduce-scatter"):
                     kind, arrays = "reduce-scatter", arrays_in(self.roots[name].type)
@@ -153,6 +157,8 @@ class Program:
             first = re.match(r"\((\w+\[[\d,]*\](?:\{[^}]*\})?)", i.type)[1]
             return size_in_hbm(first) + sum(size.values())
         result = size_in_hbm(i.type)
+        if CUBLAS in i.rest:  # of (result, workspace)
+            result = array_in_hbm(*arrays_in(i.type)[0])
         if i.opcode in SLICES:
             return 2 * result + sum(size[name] for name in i.operands[1:])
         if i.opcode == "dynamic-update-slice":
@@ -161,17 +167,28 @@ class Program:
             return result + self.read_by_fusion(i)
         return result + sum(size.values())
 
+    def uses_in(self, fusion):
+        """For each operand of a fusion: (operand, its names in the fusion, the instructions there that use it)."""
+        (body,) = (self.computations[name] for name in self.called(fusion, "calls"))
+        for parameter in (i for i in body if i.opcode == "parameter"):
+            names, users = {parameter.name}, []
+            for i in body:  # in the order in which they may depend on each other
+                if names.isdisjoint(i.operands):
+                    continue
+                if i.opcode == "bitcast":
+                    names.add(i.name)
+                else:
+                    users.append(i)
+            yield fusion.operands[int(re.match(r"\d+", parameter.rest)[0])], names, users
+
     def read_by_fusion(self, fusion):
         """Bytes of HBM that a fusion reads; fewer by the part of its result that stays as it is."""
-        (body,) = (self.computations[name] for name in self.called(fusion, "calls"))
         total = 0
-        for parameter in (i for i in body if i.opcode == "parameter"):
-            operand = fusion.operands[int(re.match(r"\d+", parameter.rest)[0])]
+        for operand, names, users in self.uses_in(fusion):
             whole = size_in_hbm(self.types[operand])
-            users = [j for j in body if parameter.name in j.operands]
-            if all(j.opcode in SLICES and j.operands[0] == parameter.name for j in users):
+            if all(j.opcode in SLICES and j.operands[0] in names for j in users):
                 total += min(whole, sum(size_in_hbm(j.type) for j in users))
-            elif all(j.opcode == "dynamic-update-slice" and j.operands[0] == parameter.name for j in users):
+            elif all(j.opcode == "dynamic-update-slice" and j.operands[0] in names for j in users):
                 # Written in place: what stays as it is neither is read nor is part of the result.
                 written = sum(size_in_hbm(self.types[j.operands[1]]) for j in users)
                 total += 0 if whole == 0 else 2 * written - sum(size_in_hbm(j.type) for j in users)
@@ -179,20 +196,51 @@ class Program:
                 total += whole
         return total
 
+    def reads_whole(self, i):
+        """The operands of an instruction that it reads to the last element: neither a slice of them nor a gather."""
+        if i.opcode in FREE:
+            return []
+        if i.opcode == "fusion":
+            parts = {*SLICES, "dynamic-update-slice"}
+            return [
+                operand
+                for operand, names, users in self.uses_in(i)
+                if any(j.opcode not in parts or not names.isdisjoint(j.operands[1:]) for j in users)
+            ]
+        return i.operands[1:] if i.opcode in {*SLICES, "dynamic-update-slice"} else i.operands
+
+    def readings(self, dtype, size):
+        """For each loop: how often its body reads an array of this dtype and so many elements as a whole.
+
+        A kernel that reads it for several results counts once.
+        """
+
+        def count(name):
+            total = 0
+            for i in self.computations[name]:
+                types = [self.types[operand] for operand in self.reads_whole(i)]
+                total += sum([(of, math.prod(n)) for of, n, _ in arrays_in(t)] == [(dtype, size)] for t in types)
+                if i.opcode in ("call", "conditional"):
+                    total += sum(map(count, self.called(i, "to_apply", r"\w+_computations?")))
+            return total
+
+        loops = [i for i in self.made.values() if i.opcode == "while"]
+        return [count(*self.called(loop, "body")) for loop in loops]
+
     def multiplied(self, i):
-        """Flops of a multiplication of matrices, which the TPU compiler writes as a convolution."""
+        """Flops of a multiplication of matrices: a convolution for a TPU, a call of cuBLAS for a GPU."""
         if i.opcode == "convolution":
             kernel = re.search(r"dim_labels=\w+_(\w+)->", i.rest)[1]
             other = dimensions(self.types[i.operands[1]])
             return 2 * math.prod(dimensions(i.type)) * math.prod(other) // other[kernel.index("o")]
-        if i.opcode == "dot":
-            contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", i.rest)[1].split(",")
+        if i.opcode == "dot" or CUBLAS in i.rest:
+            contracted = re.search(r'lhs_contracting_dim\w*"?[=:][{\[]([\d,"]*)', i.rest)[1]
             left = dimensions(self.types[i.operands[0]])
-            return 2 * math.prod(dimensions(i.type)) * math.prod(left[int(n)] for n in contracted if n)
+            return 2 * math.prod(dimensions(i.type)) * math.prod(left[int(n)] for n in re.findall(r"\d+", contracted))
         return 0
 
     def work(self, name=None, fused=False):
-        """Of a computation, the entry if none is named. For what the TPU compiler makes, whose memory is HBM."""
+        """Of a computation, the entry if none is named. For programs of a TPU or a GPU, whose memory is HBM."""
         total = NOTHING
         for i in self.computations[name or self.entry]:
             total += Work(self.multiplied(i), 0 if fused else self.moved(i))
@@ -207,13 +255,35 @@ class Program:
                 total += max(self.work(branch) for branch in branches)
         return total
 
+    def seconds(self, peak, bandwidth, name=None):
+        """Of a computation if each instruction takes as long as its flops or bytes, and none runs beside another."""
+        total = 0.0
+        for i in self.computations[name or self.entry]:
+            own = Work(self.multiplied(i), self.moved(i))
+            if i.opcode == "fusion":
+                own += self.work(*self.called(i, "calls"), fused=True)
+            total += max(own.flops / peak, own.bytes / bandwidth)
+            if i.opcode == "while":
+                total += self.seconds(peak, bandwidth, *self.called(i, "body")) * self.turns(i)
+            elif i.opcode == "call":
+                total += self.seconds(peak, bandwidth, *self.called(i, "to_apply"))
+            elif i.opcode == "conditional":
+                branches = self.called(i, "branch_computations", "true_computation", "false_computation")
+                total += max(self.seconds(peak, bandwidth, branch) for branch in branches)
+        return total
+
+    def multiplications(self):
+        """The instructions that multiply matrices."""
+        return [i for i in self.made.values() if i.opcode in ("dot", "convolution") or CUBLAS in i.rest]
+
     def matmuls(self):
         """How many multiplications of matrices the program has, one of a loop counted once."""
-        return sum(i.opcode in ("dot", "convolution") for i in self.made.values())
+        return len(self.multiplications())
 
     def kernels(self):
         """Custom kernels, of which neither the flops nor the bytes read twice are known."""
-        return sum('target="tpu_custom_call"' in i.rest for i in self.made.values())
+        targets = 'target="tpu_custom_call"', 'target="__gpu$xla.gpu.triton"'
+        return sum(any(target in i.rest for target in targets) for i in self.made.values())
 
 
 def collectives(text):
