@@ -3,7 +3,6 @@
     pip install -e ".[bench,test]" "jax[cuda13]" torch liger-kernel quack-kernels   # PyTorch's: as far as they install
     pip install "cut-cross-entropy @ git+https://github.com/apple/ml-cross-entropy.git"
     python benchmarks/compare.py --preset gpu --out benchmarks/records              # the record and the figure
-    python benchmarks/compare.py --preset gpu --smoke                               # tiny sizes, on a CPU
 
 First jxent's losses and gradients are compared with float64, of small sizes, on that GPU; if one is wrong, nothing is
 timed. Then PyTorch's libraries are timed, each in a process of its own (torch_kernels.py), and last the JAX programs,
@@ -38,7 +37,6 @@ MINUTES = 28
 HEADS = ("share of the peak", "peak memory, with inputs and results")
 ONLY = ("jxent", "Optax, full logits", "tokamax, xla", "tokamax, chunked_xla", "floor")  # of the JAX programs
 SIZES = [(16384, 2048, 248320), (8192, 4096, 128256), (32768, 4096, 128256)]
-SMOKE_SIZES = [(128, 64, 1001)]
 # Flops per second in bfloat16, dense, from NVIDIA's data sheets, by a part of a device's name.
 PEAKS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
 START = time.monotonic()
@@ -95,11 +93,10 @@ def checked(smoke):
 
 
 def prepare(record, cases, number, smoke):
-    """Puts what needs no JAX program into the record, and yields the cases while there is time for one more."""
+    """Checks jxent and times PyTorch, before JAX takes memory; then yields the cases while there is time for one."""
     record["checked"] = checked(smoke)
-    # PyTorch comes first: JAX keeps the memory that it has once taken.
     seconds = MINUTES * 60 * 0.4 / len(torch_kernels.LIBRARIES)
-    record["kernels"] = torch_kernels.measured([case.size for case in cases], "bfloat16", number, seconds)
+    record["kernels"] = torch_kernels.measured([case.size for case in cases], "bfloat16", number, seconds, smoke)
     for case in cases:
         if time.monotonic() - START > (MINUTES - 5) * 60:
             print(f"\nLeft out, for want of time: {case}")

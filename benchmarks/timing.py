@@ -192,7 +192,6 @@ def ratio(times, name, to):
 
 
 def entry(program, times):
-    """The record of one program."""
     numbers = dataclasses.asdict(program)
     del numbers["run"], numbers["gradients"]
     return numbers | {

@@ -29,11 +29,11 @@ LIBRARIES = {
 }
 
 
-def measured(sizes, dtype, number, seconds):
+def measured(sizes, dtype, number, seconds, smoke):
     """Lines {size, pass, entry} of programs, and {size, pass, name, left_out} of those that could not be timed."""
     lines = []
     for library in steps(LIBRARIES, "PyTorch's libraries"):
-        command = [sys.executable, __file__, json.dumps([library, sizes, dtype, number])]
+        command = [sys.executable, __file__, json.dumps([library, sizes, dtype, number, smoke])]
         env = os.environ | {"JAX_PLATFORMS": "cpu"}  # JAX takes no memory of the GPU there
         try:
             done = subprocess.run(command, capture_output=True, check=False, timeout=seconds, env=env)
@@ -72,14 +72,15 @@ def truth(torch, hidden, weight, labels):
     return Truth(loss, {i: g[rows_of(g)].double().cpu().numpy() for i, g in enumerate(gradients)})
 
 
-def measure(library, sizes, dtype, number):
-    """Prints a line for each size, pass and loss."""
+def measure(library, sizes, dtype, number, smoke):
+    """Prints a line for each size, pass and loss; in a smoke test of none that PyTorch would compile."""
     torch = peers.torch_here()
     if torch is None:
         raise SystemExit(f"PyTorch: {peers.absent.get('torch')}")
     device, losses = "cuda" if torch.cuda.is_available() else "cpu", peers.torch_linear_losses(positions=0)
     if place := LIBRARIES[library]:
         losses = {library: getattr(importlib.import_module(place[0]), place[1])}
+    losses = {name: loss for name, loss in losses.items() if not (smoke and name.endswith("compiled"))}
     for size in sizes:
         case = of_size(size, dtype)
         sets = [inputs(torch, size, dtype, device, seed) for seed in (0, 1)]

@@ -118,7 +118,7 @@ class Program:
                 kind, arrays = made.opcode.removesuffix("-start"), arrays_in(made.type)
                 if kind not in KINDS:
                     continue
-                if made.opcode in ("all-gather-start", "reduce-scatter-start"):
+                if made.opcode == "all-gather-start" or made.type.startswith("(("):
                     arrays = arrays[len(arrays) // 2 :]  # of (operands, results)
                 if name.startswith("all-reduce-scatter"):
                     kind, arrays = "reduce-scatter", arrays_in(self.roots[name].type)

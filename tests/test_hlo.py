@@ -1,5 +1,6 @@
 """The reader of compiled programs, on a text of its own."""
 
+import pytest
 from hlo import Collective, Program, Work
 
 TEXT = """\
@@ -107,7 +108,7 @@ backend_config={"gemm_backend_config":{"beta":1,"dot_dimension_numbers":{"lhs_co
   ROOT %less.1 = pred[] compare(%n.1, %blocks), direction=LT
 }
 
-ENTRY %main (hidden.1: bf16[256,128], kernel.1: bf16[128,640]) -> f32[32,640] {
+ENTRY %main (hidden.1: bf16[256,128], kernel.1: bf16[128,640]) -> f32[128,640] {
   %hidden.1 = bf16[256,128]{1,0} parameter(0)
   %kernel.1 = bf16[128,640]{1,0} parameter(1)
   %first = s32[] constant(0)
@@ -116,9 +117,7 @@ ENTRY %main (hidden.1: bf16[256,128], kernel.1: bf16[128,640]) -> f32[32,640] {
 tuple(%first, %hidden.1, %kernel.1, %start)
   %loop = (s32[], bf16[256,128]{1,0}, bf16[128,640]{1,0}, f32[128,640]{1,0}) while(%before), condition=%condition, \
 body=%body
-  %whole = f32[128,640]{1,0} get-tuple-element(%loop), index=3
-  %send = ((f32[128,640]{1,0}), f32[32,640]{1,0}) reduce-scatter-start(%whole), channel_id=1, to_apply=%sum
-  ROOT %received = f32[32,640]{1,0} reduce-scatter-done(%send)
+  ROOT %whole = f32[128,640]{1,0} get-tuple-element(%loop), index=3
 }
 """
 LOGITS, KERNEL, HIDDEN, ROWS = 64 * 640, 128 * 640, 64 * 128, 64
@@ -149,6 +148,17 @@ def test_work_of_calls_of_cublas():
     assert program.seconds(1, 1e30) == 4 * body.flops + program.work().bytes / 1e30
 
 
-def test_an_array_on_its_way_counts_once():
+@pytest.mark.parametrize(
+    "line",
+    [
+        "((f32[128,640]{1,0}), f32[32,640]{1,0}) reduce-scatter-start(%whole), channel_id=1, to_apply=%sum",
+        "((f32[32,640]{1,0}), f32[32,640]{1,0}) all-reduce-start(%part), channel_id=1, to_apply=%sum",  # JAX 0.12
+        "f32[32,640]{1,0} all-reduce-start(%part), channel_id=1, to_apply=%sum",
+        "(f32[8,640]{1,0}, f32[32,640]{1,0}) all-gather-start(%part), channel_id=1, dimensions={0}",
+    ],
+)
+def test_an_array_on_its_way_counts_once(line):
     """As its receiver gets it. The reader took the whole array of a started reduce-scatter too."""
-    assert Program(GPU).collectives() == [Collective("reduce-scatter", 32 * 640, 4 * 32 * 640, in_loop=False)]
+    text = f"ENTRY %main (part: f32[32,640]) -> f32[32,640] {{\n  %send = {line}\n}}\n"
+    kind = line.split("-start")[0].split()[-1]
+    assert Program(text).collectives() == [Collective(kind, 32 * 640, 4 * 32 * 640, in_loop=False)]
