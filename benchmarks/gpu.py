@@ -119,7 +119,8 @@ def complete(record, case, peak, folder):
         flops = 2 * positions * features * classes * (3 if name == "value_and_grad" else 1)
         for program in taken["programs"]:
             program["share"] = flops / peak / program["quartiles_s"][1] if peak else None
-            program["peak_bytes"] = inputs + program["outputs"] + (program["temporaries"] or 0)
+            held = program["temporaries"]  # not known of PyTorch on a CPU
+            program["peak_bytes"] = None if held is None else inputs + program["outputs"] + held
     if folder:  # what has been measured is kept, whatever ends the run
         save(record, folder, "compare-gpu.json")
         draw(record, folder)
@@ -135,8 +136,8 @@ def draw(record, folder):
         names, colors = [p["name"] for p in programs], ["C1" if p["name"] == "jxent" else "C0" for p in programs]
         bars = times.barh(names, [p["quartiles_s"][1] * 1e3 for p in programs], color=colors)
         times.bar_label(bars, [f" {p['share']:.0%}" if p["share"] else "" for p in programs])
-        held.barh(names, [p["peak_bytes"] / 2**30 for p in programs], color=colors)
-        times.set(title=f"{case['title'].split(', ')[1]}: ms, and share of three matmuls at peak")
-        held.set(title="peak memory, GiB, inputs and gradients too", yticks=[])
+        held.barh(names, [(p["peak_bytes"] or 0) / 2**30 for p in programs], color=colors)
+        times.set(title=case["title"].split(", ")[1], xlabel="ms, and share of three matmuls at the peak")
+        held.set(xlabel="GiB at the peak, inputs and gradients too", yticks=[])
     save_figure(figure, panels.flat, folder, "compare-gpu")
     plt.close(figure)
