@@ -58,13 +58,13 @@ PROGRAMS = {
 }
 # How often each loop reads the float32 logits of its block; the forward one first, where there are two.
 READINGS = {
-    "the loss alone": [2],
-    "gradients": [3],
-    "frozen kernel": [3],
-    "smoothing and z-loss": [7],
-    "no reduction": [2, 3],
-    "statistics": [4],
-    "statistics, gradients": [4, 5],
+    "the loss alone": [1],
+    "gradients": [2],
+    "frozen kernel": [2],
+    "smoothing and z-loss": [2],
+    "no reduction": [1, 2],
+    "statistics": [1],
+    "statistics, gradients": [1, 2],
 }
 
 
@@ -110,14 +110,15 @@ def test_matmuls(name, vocab_axis):
     assert found.readings("f32", FEATURES * VOCAB)[-1:] == [1]
 
 
-# The default block. The sum of the kernel's gradient is 2004 of the first size's MiB, and 1940 of the second's.
+# The default block. The sum of the kernel's gradient is 2004 of the first size's MiB, and 1940 of the second's. Twice as
+# many positions in a block as would fit into the room of the second's 16-bit gradient are 8% faster by their traffic.
 @pytest.mark.parametrize(
     ("size", "name", "vocab_axis", "most"),
     [
         ((8192, 4096, 128256), "gradients", -1, 2560),
         ((8192, 4096, 128256), "gradients", 0, 2560),
         ((8192, 4096, 128256), "the loss alone", -1, 520),
-        ((16384, 2048, 248320), "gradients", -1, 2560),
+        ((16384, 2048, 248320), "gradients", -1, 3900),
     ],
 )
 def test_temporaries(size, name, vocab_axis, most):

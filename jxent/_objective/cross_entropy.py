@@ -133,9 +133,9 @@ class CrossEntropy(Objective):
             left_out = index, label_logit
         static = (self.axis,), self.logit_softcap, inputs.dtype, mode is RowMode.SAVED_EXP, axis_name
         row = normalizer(logits, left_out, temperature_row(inputs), *static)
+        out, residuals = self._costs(inputs, row, Before(log_normalizer=row.log_normalizer, label_logit=label_logit))
         prediction = largest_class(logits, classes) if self.stats else None
-        before = Before(log_normalizer=row.log_normalizer, label_logit=label_logit)
-        return self._costs(inputs, row, before, prediction)
+        return (out, prediction), residuals._replace(exp=row.exp)
 
     def by_sums(self, inputs: RowInputs) -> tuple[tuple[Costs, Array | None], Residuals]:
         """`by_passes`, from the sums of one reduction."""
@@ -145,11 +145,11 @@ class CrossEntropy(Objective):
         sums = row_sums(logits, labels.index(classes), wanted, inputs.dtype, classes)
         row = normalizer_of(sums, self.shards, classes.offset)
         before = Before(log_normalizer=row.log_normalizer, label_logit=sums.label_logit, sums=sums)
-        return self._costs(inputs, row, before, sums.prediction)
+        out, residuals = self._costs(inputs, row, before)
+        return (out, sums.prediction), residuals
 
-    def _costs(
-        self, inputs: RowInputs, row: Normalizer, before: Before, prediction: Array | None
-    ) -> tuple[tuple[Costs, Array | None], Residuals]:
+    def _costs(self, inputs: RowInputs, row: Normalizer, before: Before) -> tuple[Costs, Residuals]:
+        """(the costs, residuals without exponentials)."""
         log_z, invalid = row.log_z, known_labels(inputs).invalid(self.class_axis(inputs))
         if invalid is not None:
             log_z = jnp.where(invalid, jnp.nan, log_z)
@@ -163,7 +163,7 @@ class CrossEntropy(Objective):
                 before = before._replace(label=(cost, values[name]))
         kept = {name: kept for name, (_, kept) in values.items()}
         out = {name: value for name, (value, _) in values.items()}
-        return (out, prediction), residuals._replace(kept=kept, exp=row.exp)
+        return out, residuals._replace(kept=kept)
 
     def backward(self, residuals: Residuals, cotangents: Costs) -> RowInputs:
         inputs = residuals.inputs
