@@ -110,8 +110,8 @@ def test_matmuls(name, vocab_axis):
     assert found.readings("f32", FEATURES * VOCAB)[-1:] == [1]
 
 
-# The default block. The sum of the kernel's gradient is 2004 of the first size's MiB, and 1940 of the second's. Twice the
-# positions that would fit into the room of the second's 16-bit gradient take 8% off the time that its traffic needs.
+# The default block. The sum of the kernel's gradient is 2004 of the first size's MiB, and 1940 of the second's. The
+# second's block is twice what fits into the room of its 16-bit gradient, which takes 8% off the time of its traffic.
 @pytest.mark.parametrize(
     ("size", "name", "vocab_axis", "most"),
     [
