@@ -34,7 +34,8 @@ jax.config.update("jax_num_cpu_devices", 8)  # one computation still takes one, 
 # Their assertions then show values, like those of the tests.
 pytest.register_assert_rewrite("bad_calls", "sharded_calls", "sharded_layouts")
 
-collect_ignore = ["fixtures/export_torch.py"]  # a script for where PyTorch is installed; doctests would import it
+# Scripts for where PyTorch is installed; doctests would import them.
+collect_ignore = ["fixtures/coming_from_torch.py", "fixtures/export_torch.py"]
 
 # How many examples a property is tried with; "long" draws them anew each time.
 hypothesis.settings.register_profile("short", max_examples=2, deadline=None, derandomize=True)
