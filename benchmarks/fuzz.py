@@ -3,13 +3,13 @@
     pip install -e ".[bench,test]"
     python benchmarks/fuzz.py                       # a million cases, about an hour on two cores
     python benchmarks/fuzz.py --smoke               # some seconds
-    python benchmarks/fuzz.py --seed 7 --programs 42 --out fuzz.json     # a hundred thousand, and their record
+    python benchmarks/fuzz.py --seed 7 --minutes 10 --out fuzz.json      # as many as that gives, and their record
 
-Each program is a random `Config` of tests/random_calls.py, or of random_divergences.py or random_sigmoid.py beside it:
-function, shapes, dtypes, options, what makes the logits, and how far XLA optimises. It gets many cases of random
-values, some of them hostile. float16, bfloat16 and float32 are judged in float64, and a few cases of every program with
-many digits; float64 with many digits alone. Prints the worst relative errors in Markdown, and whatever exceeds what is
-promised, with the configuration and the seed; with `--out` writes a JSON record; exits with 1 if anything does.
+Each program is a random `Config` of tests/random_calls.py, or of a file beside it: function, shapes, dtypes, options,
+what makes the logits, and how far XLA optimises. It gets many cases of random values, some of them hostile. float16,
+bfloat16 and float32 are judged in float64, and a few cases of every program with many digits; float64 with many digits
+alone. Prints the worst relative errors in Markdown, and whatever exceeds what is promised, with the configuration and
+the seed; with `--out` writes a JSON record; exits with 1 if anything does.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import collections
 import json
 import pathlib
 import sys
+import time
 
 import jax
 import numpy as np
@@ -26,17 +27,19 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests"))
 import oracle
 import random_calls as calls
 import random_divergences as divergences
+import random_linear_sigmoid as linear_sigmoid
+import random_log_probs as log_probs
 import random_sigmoid as sigmoid
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 LEVELS = (None, None, 0, 3)  # of XLA's optimisations
-MODULES = {module.Config: module for module in (calls, divergences, sigmoid)}
+MODULES = {module.Config: module for module in (calls, divergences, log_probs, sigmoid, linear_sigmoid)}
 
 
 def random_config(rng, number):
     """One of the many; half of the programs are in float32.
 
-    Of six in a row three are of the losses of classes, two of divergences, and one is of a yes or no.
+    Of eight in a row two each are of the losses of classes, divergences, log-probabilities, and of yes or no.
     """
 
     def flag():
@@ -45,7 +48,8 @@ def random_config(rng, number):
     def one_of(*values):
         return values[rng.integers(len(values))]
 
-    kinds = random_loss, random_divergence, random_loss, random_sigmoid, random_loss, random_divergence
+    kinds = random_loss, random_divergence, random_log_probs, random_sigmoid, random_linear_sigmoid
+    kinds += random_loss, random_divergence, random_log_probs
     return kinds[number % len(kinds)](flag, one_of, one_of("float32", "float32", "float32", *DTYPES[1:]))
 
 
@@ -111,6 +115,30 @@ def random_divergence(flag, one_of, dtype):
     )
 
 
+def random_log_probs(flag, one_of, dtype):
+    function, forward = one_of("linear_log_probs", "linear_top_k"), one_of(False, False, False, True)
+    classes = one_of(1, 2, 3, 5, 10) if forward else one_of(1, 2, 3, 5, 10, 33, 100)
+    entries = one_of(1, 2, 5, 12)
+    return log_probs.Config(
+        function=function,
+        positions=one_of((1,), (4,), (7,), (2, 3)),
+        classes=classes,
+        features=one_of(1, 3) if forward else one_of(1, 3, 8),
+        axis=one_of(-1, 0),
+        dtype=dtype,
+        entries=min(entries, classes) if function == "linear_top_k" else entries,
+        where=flag(),
+        logit_softcap=one_of(None, None, None, 30.0, 5.0),
+        temperature=one_of(1.0, 1.0, 0.5, 0.7, 4.0),
+        by_position=one_of(False, False, True),
+        traced=flag(),
+        bias=flag(),
+        block_size=one_of(None, 1, 3),
+        forward=forward,
+        level=one_of(*LEVELS),
+    )
+
+
 def random_sigmoid(flag, one_of, dtype):
     return sigmoid.Config(
         positions=one_of((1,), (7,), (2, 3), (3, 5)),
@@ -122,6 +150,32 @@ def random_sigmoid(flag, one_of, dtype):
         label_smoothing=one_of(0.0, 0.1, 1.0),
         traced=flag(),
         reduction=one_of("mean", "sum", "none"),
+        level=one_of(*LEVELS),
+    )
+
+
+def random_linear_sigmoid(flag, one_of, dtype):
+    forward, entries = one_of(False, False, False, True), one_of(0, 0, 1, 3, 6)
+    probabilities = not entries and flag()
+    return linear_sigmoid.Config(
+        positions=one_of((1,), (4,), (7,), (2, 3)),
+        classes=one_of(1, 2, 3, 5, 10) if forward else one_of(1, 2, 3, 5, 10, 33, 100),
+        features=one_of(1, 3) if forward else one_of(1, 3, 8),
+        axis=one_of(-1, 0),
+        dtype=dtype,
+        probabilities=probabilities,
+        entries=entries,
+        pos_weight=flag(),
+        sample_weight=flag(),
+        where=flag(),
+        ignored=not probabilities and flag(),
+        label_smoothing=one_of(0.0, 0.1, 1.0),
+        traced=flag(),
+        bias=flag(),
+        block_size=one_of(None, 1, 3),
+        recompute=flag(),
+        reduction=one_of("mean", "sum", "none"),
+        forward=forward,
         level=one_of(*LEVELS),
     )
 
@@ -165,17 +219,22 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--programs", type=int, default=420)
     parser.add_argument("--cases", type=int, default=3000, help="of each program")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="after which no program begins")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--smoke", action="store_true", help="6 programs of 20 cases")
     parser.add_argument("--out", type=pathlib.Path, help="JSON file to write")
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
     programs, cases = (6, 20) if args.smoke else (args.programs, args.cases)
+    start = time.monotonic()
     rng = np.random.default_rng(args.seed)
     total, failures = 0, []
     worst = collections.defaultdict(float)  # (soft cap or not, function, quantity, dtype) -> relative error
     by_option = collections.defaultdict(float)  # (option, dtype) -> the same, of all quantities
     for number in tqdm(range(programs), unit="program", disable=None):
+        if time.monotonic() - start > 60 * args.minutes:
+            programs = number
+            break
         config, seed = random_config(rng, number), int(rng.integers(2**32))
         results, wrong = [], []
         try:

@@ -88,16 +88,7 @@ def draw(config, rng, cases):
 
     values: dict[str, Any] = {}
     if config.linear:
-        # Small multiples of a power of 2: their products and sums are exact, so the logits have no rounding.
-        unit = 2.0 ** rng.integers(-3, 2, (cases, 1, 1))
-        hidden = rng.integers(-3, 4, (cases, n, config.features)) * 1.0
-        kernel = rng.integers(-4, 5, (cases, config.features, c)) * unit
-        if config.features == 1 and not config.bias:  # one product, which any compiler rounds alike, if it rounds it
-            hidden, kernel = (array * rng.uniform(1, 2, array.shape) for array in (hidden, kernel))
-        values["hidden"], values["kernel"] = hidden.astype(config.dtype), kernel.astype(config.dtype)
-        values = {name: in_common(name, array) for name, array in values.items()}
-        if config.bias:
-            values["bias"] = (rng.integers(-8, 9, (cases, c)) * unit[:, 0]).astype(config.dtype)
+        values = {name: in_common(name, array) for name, array in layer(config, rng, cases).items()}
     else:
         values["logits"] = scores(config, rng, shape)
         if config.producer:
@@ -138,6 +129,24 @@ def draw(config, rng, cases):
     of_positions += ("labels",) if config.probabilities else ()
     of_positions = [name for name in of_positions if name != config.shared]
     return values | anything_elsewhere(rng, counts(config, values), values, of_positions)
+
+
+def layer(config, rng, cases):
+    """Small multiples of a power of 2: their products and sums are exact, so the logits have no rounding."""
+    unit = 2.0 ** rng.integers(-3, 2, (cases, 1, 1))
+    hidden = rng.integers(-3, 4, (cases, config.number, config.features)) * 1.0
+    kernel = rng.integers(-4, 5, (cases, config.features, config.classes)) * unit
+    if config.features == 1 and not config.bias:  # one product, which any compiler rounds alike, if it rounds it
+        hidden, kernel = (array * rng.uniform(1, 2, array.shape) for array in (hidden, kernel))
+    values = {"hidden": hidden.astype(config.dtype), "kernel": kernel.astype(config.dtype)}
+    if config.bias:
+        values["bias"] = (rng.integers(-8, 9, (cases, config.classes)) * unit[:, 0]).astype(config.dtype)
+    return values
+
+
+def of_bad_labels(config):
+    """The share of cases with indices of no class. In forward mode these would make all positions' tangents NaN."""
+    return 0 if config.forward else 0.02
 
 
 def temperatures(config, rng, shape):
@@ -305,11 +314,9 @@ def call(config, values):
             labels = jxent.SparseLabels(values["indices"].reshape(*shape, -1), labels)
         given["reduction"] = config.reduction
         if config.linear:
-            kernel = wanted["kernel"] if last else wanted["kernel"].T
-            hidden = wanted["hidden"].reshape(*shape, -1)
             given |= {"bias": wanted.get("bias"), "vocab_axis": config.axis}
             given |= {"block_size": config.block_size, "recompute": config.recompute}
-            out = jxent.linear_cross_entropy(hidden, kernel, labels, **given)
+            out = jxent.linear_cross_entropy(*layer_of(config, wanted), labels, **given)
         else:
             labels = place(labels) if config.probabilities and not config.entries else labels
             logits = wanted["logits"]
@@ -335,6 +342,29 @@ def call(config, values):
 one = jax.jit(call, static_argnums=0)
 
 
+def gradients_of(config, function, wanted, cotangents):
+    """(what `function` returns besides, the gradients by the arrays wanted), in the mode of the config.
+
+    Forward mode has one tangent for each element of the arrays.
+    """
+    if not config.forward:
+        differentiated, pull, found = jax.vjp(function, wanted, has_aux=True)
+        (gradients,) = pull({name: cotangents[name].astype(like.dtype) for name, like in differentiated.items()})
+        return found, gradients
+
+    def total(wanted):
+        differentiated, found = function(wanted)
+        return sum(jnp.sum(x * cotangents[name]) for name, x in differentiated.items()), found
+
+    gradients, found = jax.jacfwd(total, has_aux=True)(wanted)
+    return found, gradients
+
+
+def layer_of(config, wanted):
+    """(hidden states, kernel) as the call takes them."""
+    return wanted["hidden"].reshape(*config.positions, -1), wanted["kernel"] if config.axis else wanted["kernel"].T
+
+
 @functools.cache
 def batched(call, config):
     """The program of a config."""
@@ -357,7 +387,9 @@ def run(config, values, call=call):
 
 
 def named(config, value, stats, gradients):
-    found = {"loss": value.reshape(len(value), -1)} | {f"d {name}": g for name, g in gradients.items()}
+    values = value if isinstance(value, dict) else {"loss": value}
+    found = {name: array.reshape(len(array), -1) for name, array in values.items()}
+    found |= {f"d {name}": g for name, g in gradients.items()}
     if stats is not None:
         found |= {name: getattr(stats, name).reshape(len(value), -1) for name in (*STATS, "prediction")}
         found |= {name: getattr(stats, name)[:, None] for name in ("weight", "count")}
@@ -386,13 +418,7 @@ def _expected(config, values, a):
     k = a.array(keep)
     one = a.array(1.0)
     if config.linear:
-        hidden = a.array(np.where(keep[..., None], values["hidden"].astype(np.float64), 0))
-        kernel = a.array(values["kernel"])
-        x = matmul(hidden, kernel)
-        if config.features == 1:
-            x = a.array(x.astype(wide_of(config)))  # else it has no rounding
-        if config.bias:
-            x = x + a.array(values["bias"])[:, None]
+        hidden, kernel, x = logits_of(config, values, keep, a)
     else:
         logits = produced(config, values["logits"], values.get("right")).astype(np.float64)
         subnormal = np.abs(logits) < tiny(config)  # which XLA takes for 0
@@ -431,7 +457,7 @@ def _expected(config, values, a):
     found = {}
 
     least = 16 * tiny(config)
-    step = float(jnp.finfo(np.float16).smallest_subnormal) if config.dtype == "float16" else 0.0  # of a gradient
+    step = subnormal_of(config)
 
     def add(name, value, scale, slack=1.0, lost=least):
         found[name] = Expected(*(np.asarray(array, np.float64) for array in (value, scale, slack, lost)))
@@ -486,15 +512,8 @@ def _expected(config, values, a):
         slope = slope / t.temperature
         dy, scale, lost = dy * slope, scale * slope, lost / np.minimum(t.temperature, one)
         if config.linear:
-            slack = float(np.max(far))
-            back, transposed = np.swapaxes(hidden, 1, 2), np.swapaxes(kernel, 1, 2)
-            under = 2 * step + lost  # the cotangent is at most 2
-            step *= 1 + (len(config.differentiated) > 1)  # of two gradients that are added up
-            lost_hidden, lost_kernel = step + matmul(under, abs(transposed)), step + matmul(abs(back), under)
-            add("d hidden", matmul(dy, transposed), matmul(scale, abs(transposed)), slack, lost_hidden)
-            add("d kernel", matmul(back, dy), matmul(abs(back), scale), slack, lost_kernel)
-            if config.bias:
-                add("d bias", np.sum(dy, 1), np.sum(scale, 1), slack, step + np.sum(lost, 1))
+            for name, (value, size, under) in of_layer(config, hidden, kernel, dy, scale, lost).items():
+                add(name, value, size, float(np.max(far)), under)
         else:
             add("d logits", dy, scale, far, step + lost)
     if config.probabilities:
@@ -522,6 +541,36 @@ def _expected(config, values, a):
             dw, scale = dw - taken, scale + abs(taken)
         add("d class_weight", dw, scale)
     return found
+
+
+def logits_of(config, values, keep, a):
+    """(hidden states, which are 0 where a position does not count, kernel, logits)."""
+    hidden = a.array(np.where(keep[..., None], values["hidden"].astype(np.float64), 0))
+    kernel = a.array(values["kernel"])
+    x = matmul(hidden, kernel)
+    if config.features == 1:
+        x = a.array(x.astype(wide_of(config)))  # else it has no rounding
+    return hidden, kernel, x + a.array(values["bias"])[:, None] if config.bias else x
+
+
+def of_layer(config, hidden, kernel, dx, scale, lost):
+    """Name -> (gradient, magnitude of its terms, what may underflow), from those of the gradient by the logits."""
+    step = subnormal_of(config)
+    back, transposed = np.swapaxes(hidden, 1, 2), np.swapaxes(kernel, 1, 2)
+    under = 2 * step + lost  # the cotangent is at most 2
+    step *= 1 + (len(config.differentiated) > 1)  # of two gradients that are added up
+    found = {
+        "d hidden": (matmul(dx, transposed), matmul(scale, abs(transposed)), step + matmul(under, abs(transposed))),
+        "d kernel": (matmul(back, dx), matmul(abs(back), scale), step + matmul(abs(back), under)),
+    }
+    if config.bias:
+        found["d bias"] = np.sum(dx, 1), np.sum(scale, 1), step + np.sum(lost, 1)
+    return found
+
+
+def subnormal_of(config):
+    """The least number that a gradient in float16 may be; other dtypes have none that matters."""
+    return float(jnp.finfo(np.float16).smallest_subnormal) if config.dtype == "float16" else 0.0
 
 
 def _of_statistics(g, t, p, not_p, near, below):
@@ -612,10 +661,9 @@ def bound(config, name):
 def judge(config, values, got, want, bound=bound):
     """Name -> the largest error, as a fraction of the bound; inf for a wrong NaN or infinity, or a number for one."""
     worst = {}
-    loss, loss_scale, *_ = want["loss"]
     for name, (value, scale, slack, lost) in want.items():
         result = np.asarray(got[name], np.float64)
-        if name in ("prediction", "count"):
+        if name in ("prediction", "count", "indices"):
             worst[name] = 0.0 if np.array_equal(result, value) else np.inf
             continue
         kind = jnp.finfo(got[name].dtype)
@@ -628,7 +676,7 @@ def judge(config, values, got, want, bound=bound):
             excused |= ~np.isfinite(value)  # the gradient of an infinite loss
         if config.reduction == "mean" and name in ("d sample_weight", "d class_weight"):
             # A mean divides by the weights: its gradient by a weight is a difference from the mean itself.
-            excused |= _overflows(jnp.finfo(got["loss"].dtype), loss, loss_scale)
+            excused |= _overflows(jnp.finfo(got["loss"].dtype), *want["loss"][:2])
         worst[name] = float(np.where(excused, 0, error).max(initial=0))
     return worst
 

@@ -116,9 +116,7 @@ def _expected(config, values, a):
     w = np.tile(values["pos_weight"], n // config.positions[-1]) if config.pos_weight else np.ones(keep.shape)
     w, e = a.array(w), a.array(calls.as_held(config, config.label_smoothing))
     yes, no = (1 - e) * y + e / 2, (1 - e) * (1 - y) + e / 2
-    zero = 0 * one
-    log_z = a.log1p(a.exp(-abs(x)))
-    cost_of_yes, cost_of_no = np.where(x < 0, -x, zero) + log_z, np.where(x > 0, x, zero) + log_z
+    cost_of_yes, cost_of_no = costs(x, a)
     p_yes, p_no = a.exp(-cost_of_yes), a.exp(-cost_of_no)
     losses = w * oracle.times(yes, cost_of_yes) + oracle.times(no, cost_of_no)
 
@@ -153,6 +151,12 @@ def _expected(config, values, a):
         value, terms = (losses - loss, losses + loss) if mean else (losses, losses)
         add("d sample_weight", *(np.where(keep, per * array, 0 * per) for array in (value, terms)))
     return found
+
+
+def costs(x, a):
+    """(s(-x), s(x))."""
+    zero, log_z = 0 * a.array(1), a.log1p(a.exp(-abs(x)))
+    return np.where(x < 0, -x, zero) + log_z, np.where(x > 0, x, zero) + log_z
 
 
 # --- the judgement ----------------------------------------------------------------------------------------------------

@@ -10,6 +10,8 @@ import numpy as np
 import oracle
 import random_calls as calls
 import random_divergences as divergences
+import random_linear_sigmoid as linear_sigmoid
+import random_log_probs as log_probs
 import random_sigmoid as sigmoid
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -100,6 +102,42 @@ sigmoid_configs = st.builds(
 )
 
 
+of_layers = {
+    "positions": st.sampled_from(((4,), (2, 3), (1,))),
+    "classes": st.sampled_from((5, 2, 11)),
+    "features": st.sampled_from((3, 1)),
+    "axis": st.sampled_from((-1, 0)),
+    "dtype": st.sampled_from(("float32", "bfloat16", "float64", "float16")),
+    "where": st.booleans(),
+    "traced": st.booleans(),
+    "bias": st.booleans(),
+    "block_size": st.sampled_from((None, 1, 3)),
+    "forward": st.booleans(),
+    "level": st.none(),
+}
+log_probs_configs = st.builds(
+    log_probs.Config,
+    function=st.sampled_from(("linear_log_probs", "linear_top_k")),
+    entries=st.sampled_from((2, 1)),
+    logit_softcap=st.sampled_from((None, 5.0)),
+    temperature=st.sampled_from((1.0, 0.5)),
+    by_position=st.booleans(),
+    **of_layers,
+)
+linear_sigmoid_configs = st.builds(
+    linear_sigmoid.Config,
+    probabilities=st.booleans(),
+    entries=st.sampled_from((0, 0, 3)),
+    pos_weight=st.booleans(),
+    sample_weight=st.booleans(),
+    ignored=st.just(False),
+    label_smoothing=st.sampled_from((0.0, 0.1, 1.0)),
+    recompute=st.booleans(),
+    reduction=st.sampled_from(("mean", "sum", "none")),
+    **of_layers,
+)
+
+
 def assert_as_defined(module, config, seed):
     """Value and every gradient, against many digits for a few cases and float64 for more."""
     few, many = (3, 0) if config.dtype == "float64" else (1, 64)
@@ -126,6 +164,16 @@ def test_definitions_of_divergences(config, seed):
 @given(sigmoid_configs, seeds)
 def test_definition_of_a_yes_or_no(config, seed):
     assert_as_defined(sigmoid, config, seed)
+
+
+@given(log_probs_configs, seeds)
+def test_definitions_of_log_probabilities(config, seed):
+    assert_as_defined(log_probs, config, seed)
+
+
+@given(linear_sigmoid_configs, seeds)
+def test_definition_of_a_yes_or_no_for_each_class(config, seed):
+    assert_as_defined(linear_sigmoid, config, seed)
 
 
 # --- identities -------------------------------------------------------------------------------------------------------
