@@ -643,10 +643,10 @@ def as_held(config, value):
 
 
 def bound(config, name):
-    """The promised relative error; a temperature rounds z once more."""
+    """The promised relative error; with a temperature, 1 / T and its product with x - m round besides."""
     if config.dtype == "float64":
         return 1e-12
-    most = 7e-6 if config.cooled else 5e-6
+    most = 8e-6 if config.cooled else 5e-6
     most += 0 if config.logit_softcap is None else 6e-7 * config.logit_softcap
     kind = jnp.finfo(config.dtype)
     if name.startswith("d ") and kind.bits == 16 and name not in ("d class_weight", "d sample_weight", "d temperature"):
