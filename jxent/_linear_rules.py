@@ -122,6 +122,7 @@ def _tangents_of_costs(sweep: Sweep, inputs: Inputs, tangents: Inputs) -> dict[s
     """The tangents, by a sweep whose blocks push tangents through their logits to their costs."""
     of_names = {name: tangents.array(name) for name in Inputs._fields}
     of_moving = {name: tangent for name, tangent in of_names.items() if tangent is not None}
+    sweep = sweep._replace(pushes_tangents=True)
 
     def costs(moving: dict[str, Array]) -> dict[str, Array]:
         return sharded(sweep, (), inputs.with_arrays(moving), {})[0].costs

@@ -620,13 +620,18 @@ def test_gradients_of_a_mean_are_rounded_once():
         ("tpu", 0, 1026, 50, 3),
         ("cuda", 0, 65536, 65536, 32),  # and 512 MiB
         ("cuda", None, 65536, 65536, 32),  # the loss alone, too
-        ("tpu", None, 65536, 65536, 32),  # the loss alone writes no logits there: 2048 positions
+        ("tpu", None, 65536, 2**18, 32),  # the loss alone stores no logits there: 2048 positions
+        ("tpu", "tangent", 65536, 2**18, 128),
     ],
 )
 def test_default_block_size(platform, wrt, positions, vocab, blocks):
     """As the docstring has it, for where the program is to run, and not for where it is traced."""
+
+    def tangent(hidden, kernel, labels):
+        return jax.jvp(lambda hidden: loss(hidden, kernel, labels), (hidden,), (hidden,))
+
     loss = jxent.linear_cross_entropy
-    step = jax.jit(loss if wrt is None else jax.grad(loss, wrt))
+    step = jax.jit({None: loss, "tangent": tangent}[wrt] if wrt in (None, "tangent") else jax.grad(loss, wrt))
     shapes = ((positions, 2), jnp.float32), ((2, vocab), jnp.float32), ((positions,), jnp.int32)
     lowered = step.trace(*(jax.ShapeDtypeStruct(*shape) for shape in shapes)).lower(lowering_platforms=(platform,))
     found = re.findall(rf"-> tensor<(\d+)x{vocab}xf32>", lowered.as_text())

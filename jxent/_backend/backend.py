@@ -29,6 +29,8 @@ class BlockNeeds(NamedTuple):
     """What is computed in each block of positions."""
 
     gradients: bool
+    """Whether gradients or tangents need the logits, so that they are stored."""
+
     kernel_gradient: bool
     mode: RowMode
     """How to compute the rows."""

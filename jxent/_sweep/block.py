@@ -32,6 +32,7 @@ class Sweep(NamedTuple):
     block_size: int | None  # None for the default
     precision: Any  # as `jax.lax.dot_general` takes it
     vocab_axis_p: int = 1  # of `Inputs.kernel_p`
+    pushes_tangents: bool = False  # whether the caller takes the tangents of the costs, which need the logits
 
 
 class Inputs(NamedTuple):
@@ -128,7 +129,7 @@ def _layers(sweep: Sweep, inputs: Inputs, row_mask: Array | None) -> tuple[_Laye
 
 def row_mode_of(sweep: Sweep, wrt: tuple[str, ...], backend: Backend, inputs: Inputs) -> RowMode:
     """How the backend computes the rows of a block."""
-    mode = backend.row_mode(bool(wrt), sweep.objective.needs_one_sum(inputs.labels))
+    mode = backend.row_mode(bool(wrt) or sweep.pushes_tangents, sweep.objective.needs_one_sum(inputs.labels))
     if mode is RowMode.SAVED_EXP and "temperature" in wrt:
         return RowMode.PASSES  # the gradient by a temperature needs the logits; exponentials would be one more array
     if mode is RowMode.ONE_REDUCTION and not sweep.objective.takes_one_reduction(inputs.labels, inputs.temperature):

@@ -140,7 +140,7 @@ def _swept(
     if inputs.hidden_p is not None and inputs.kernel_p is not None:
         layers.append((inputs.hidden_p, inputs.kernel_p))
     needs = BlockNeeds(
-        gradients=bool(wrt),
+        gradients=bool(wrt) or sweep.pushes_tangents,
         kernel_gradient="kernel" in wrt or "kernel_p" in wrt,
         mode=row_mode_of(sweep, wrt, backend, inputs),
     )
