@@ -1,7 +1,7 @@
 """A sum of matmuls in float32, rounded once at its end, and the memory that XLA:TPU needs for it.
 
-    pip install "jax[tpu]"              # no TPU is needed
-    python benchmarks/tpu_peak.py       # docs/project/xla-tpu-peak.md; MiB
+pip install "jax[tpu]"              # no TPU is needed
+python benchmarks/tpu_peak.py       # docs/project/xla-tpu-peak.md; MiB
 """
 
 import os
