@@ -169,6 +169,10 @@ def test_labels_out_of_range():
             jxent.SparseLabels(INDICES, np.where(out[:, None], 1.5, few)),
             r"label 1.5 is outside of",
         ),
+        (
+            jxent.SparseLabels(np.where(out[:, None], 1, INDICES), np.where(out[:, None], 0.75, few)),
+            rf"label {0.75 * few.shape[1]} is outside of",
+        ),
     ):
         f = partial(jxent.linear_sigmoid_cross_entropy, labels=labels, reduction="none", label_smoothing=0.1)
         losses, pull = jax.vjp(f, hidden, kernel)

@@ -92,6 +92,10 @@ class EntryLabels(Labels):
         of_number = Negative(function=function) if distribution else NotShare(function=function)
         for fault in (NotFinite(function=function, name="labels", masked=False), of_number):
             labels = report(fault, labels, labels, of_entries)
+        if not distribution:
+            same = self.indices[..., None] == self.indices[..., None, :]
+            of_class = jnp.sum(jnp.where(same, labels[..., None, :], 0), -1)  # a class may have several entries
+            labels = report(of_number, labels, of_class, of_entries)
         used = labels != 0 if of_entries is None else (labels != 0) & of_entries
         of_range = OutOfRange(function=function, classes=classes.number)
         return replace(self, probabilities=report(of_range, labels, jnp.where(used, self.indices, 0)))
