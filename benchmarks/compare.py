@@ -2,7 +2,7 @@
 
     pip install -e ".[bench]"                            # PyTorch is compared too, if it is installed
     python benchmarks/compare.py                         # the preset of the backend at hand: docs/benchmarks/cpu.md
-    python benchmarks/compare.py --preset divergences    # docs/guides/memory.md; "policy" too
+    python benchmarks/compare.py --preset divergences    # docs/benchmarks/compiled.md; "policy" too
     python benchmarks/compare.py --preset skipping       # docs/benchmarks/skipping.md, by the share unmasked
     python benchmarks/compare.py --preset gpu            # half an hour on a GPU: see gpu.py
     python benchmarks/compare.py --size 2048x512x50257 --rounds 15 --only jxent floor

@@ -1,10 +1,10 @@
 """Memory, collectives and traffic of the losses, read from compiled programs. Nothing runs, and no device is needed.
 
     pip install -e ".[bench,test]"
-    python benchmarks/compiled.py memory                           # docs/guides/memory.md
-    python benchmarks/compiled.py post-training --platform h100    # docs/guides/memory.md, beside Liger's figures
-    python benchmarks/compiled.py sharding --platform tpu          # docs/guides/sharding.md
-    python benchmarks/compiled.py steps --platform tpu             # docs/guides/sharding.md, training steps, h100 too
+    python benchmarks/compiled.py memory                           # docs/benchmarks/compiled.md
+    python benchmarks/compiled.py post-training --platform h100    # docs/benchmarks/compiled.md, beside Liger's figures
+    python benchmarks/compiled.py sharding --platform tpu          # docs/benchmarks/compiled.md
+    python benchmarks/compiled.py steps --platform tpu             # training steps, h100 too
     python benchmarks/compiled.py traffic --platform tpu           # docs/benchmarks/cpu.md, half an hour; h100 too
     python benchmarks/compiled.py memory --smoke                   # small sizes
 

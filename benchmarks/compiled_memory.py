@@ -34,6 +34,8 @@ def memory(platform, smoke):
     size = (255, 32, 5003) if smoke else (2048, 256, 32000)
     print(f"\n{name_of(size)}, float32")
     table(("value and gradients", "temporaries", "matmuls"), by_statistics(arguments(*size, jnp.float32), device))
+    heads = "", "positions x features x classes", "values", "with gradients"
+    table(heads, by_loss(device, smoke), texts=2)
 
 
 def name_of(size):
@@ -142,6 +144,66 @@ def with_statistics(reported, hidden, kernel, labels, **options):
     if reported:
         return loss, jnp.mean(stats.log_prob)
     return jnp.mean(loss) + 0.01 * jnp.mean(stats.entropy), None
+
+
+def by_loss(device, smoke):
+    """Losses of other arguments, in float32."""
+    for name, (size, make) in list(LOSSES.items())[: 2 if smoke else None]:
+        size = SMALL[0] if smoke else size
+        f, args, wrt = make(*size)
+
+        def total(*args, f=f):
+            return sum(map(jnp.sum, jax.tree.leaves(f(*args))))
+
+        yield name, name_of(size), mib(temporaries(compiled(f, args, device))), mib(held(total, args, device, wrt))
+
+
+def of_classes(positions, features, vocab):
+    hidden, kernel, _ = arguments(positions, features, vocab, jnp.float32)
+    indices = jax.ShapeDtypeStruct((positions, TOP), jnp.int32)
+    return jxent.linear_log_probs, (hidden, kernel, indices), (0, 1)
+
+
+def of_top_k(*size):
+    return partial(jxent.linear_top_k, k=TOP), arguments(*size, jnp.float32)[:2], (0, 1)
+
+
+def of_pairs(loss, pairs, features, texts):
+    image, text = (jax.ShapeDtypeStruct((n, features), jnp.float32) for n in (pairs, texts))
+    number = jax.ShapeDtypeStruct((), jnp.float32)
+    return loss, (image, text, number, number), (0, 1, 2, 3)
+
+
+def siglip(image, text, log_scale, bias):
+    labels = jnp.arange(len(image))
+    options = {"vocab_axis": 0, "bias": jnp.full(len(text), bias)}
+    return jxent.linear_sigmoid_cross_entropy(jnp.exp(log_scale) * image, text, labels, **options)
+
+
+def siglip_of_full_logits(image, text, log_scale, bias):
+    logits = jnp.exp(log_scale) * image @ text.T + bias
+    return -jnp.sum(jax.nn.log_sigmoid((2 * jnp.eye(*logits.shape) - 1) * logits)) / len(image)
+
+
+def of_heads(loss, positions, features, vocab):
+    hidden, kernel, labels = arguments(positions, features, vocab, jnp.float32)
+    hidden, labels = (jax.ShapeDtypeStruct((HEADS, *a.shape), a.dtype) for a in (hidden, labels))
+    return loss, (hidden, kernel, labels), (0, 1)
+
+
+def in_several_calls(hidden, kernel, labels):
+    return sum(jxent.linear_cross_entropy(h, kernel, y) for h, y in zip(hidden, labels, strict=True))
+
+
+TOP, HEADS = 64, 3
+LOSSES = {  # name -> size, and what makes of a size the function, its arguments, and those with a gradient
+    "`linear_log_probs`, 64 classes": (SIZES[0], of_classes),
+    "SigLIP": ((8192, 256, 8192), partial(of_pairs, siglip)),
+    "SigLIP, `jax.nn`, full logits": ((8192, 256, 8192), partial(of_pairs, siglip_of_full_logits)),
+    "`linear_top_k`, 64 classes": (SIZES[0], of_top_k),
+    "3 heads, one call": ((8192, 256, 32000), partial(of_heads, jxent.linear_cross_entropy)),
+    "3 heads, three calls": ((8192, 256, 32000), partial(of_heads, in_several_calls)),
+}
 
 
 # --- post-training: as Liger's own benchmark --------------------------------------------------------------------------

@@ -119,7 +119,7 @@ def test_other_layouts():
 
 
 def test_what_is_missing_is_missing():
-    """Or it is given to all classes alike, as docs/guides/memory.md has it."""
+    """Or it is given to all classes alike, as docs/reference/SparseLabels.md has it."""
     x, q = LOGITS.astype(np.float32), SHARES.astype(np.float32)
     half = jxent.SparseLabels(INDICES, q / 2)
     whole = jxent.cross_entropy(x, jxent.SparseLabels(INDICES, q))
