@@ -15,7 +15,6 @@ WORDS, COLONS = 25, 15  # of a sentence; in 1000 words
 NOT_YET = {
     "docs/benchmarks/cpu.md",
     "docs/guides/debugging.md",
-    "docs/guides/sharding.md",
     "docs/project/design.md",
     "docs/project/reliability.md",
     "docs/theory/formulas.md",
