@@ -1,7 +1,7 @@
 """Relative errors of losses, divergences and their derivatives in float32, by jxent and by other libraries.
 
     pip install -e ".[bench]" distrax                         # PyTorch and distrax are optional
-    python benchmarks/exactness.py                            # the tables of docs/theory/formulas.md, half a minute
+    python benchmarks/exactness.py                            # the tables of docs/benchmarks/accuracy.md, half a minute
     python benchmarks/exactness.py --out benchmarks/records   # and its figures and the README's, over more values
 
 Rows have 1000 classes. Of the cross-entropy the label's logit lies `margin` above the largest of the others, `offset`
@@ -25,7 +25,7 @@ import numpy as np
 import optax
 from matplotlib.ticker import FuncFormatter
 from peers import linear_losses, optional
-from report import headline, machine, save_figure, table
+from report import headline, machine, save, save_figure, table
 
 import jxent
 
@@ -245,6 +245,15 @@ def errors(experiment, values, seed):
     return found
 
 
+def recorded(experiment, found):
+    """The errors of the tables, in the order of the values."""
+    record = {experiment.axis: list(experiment.tried)}
+    for row in found:
+        place = record.setdefault(f"{row['quantity']}, offset {row['offset']:g}", {})
+        place.setdefault(row["library"].strip("`"), []).append(float(f"{row['error']:.3g}"))
+    return record
+
+
 def shown(row):
     error = row["error"]
     if row["zero"]:
@@ -336,14 +345,19 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=pathlib.Path, help="folder of the figures")
     args = parser.parse_args()
-    print(headline(machine()))
+    record = machine()
+    print(headline(record))
     for experiment in experiments():
-        print_tables(experiment, errors(experiment, experiment.tried, seed=0))
+        tried = errors(experiment, experiment.tried, seed=0)
+        record[experiment.name] = recorded(experiment, tried)
+        print_tables(experiment, tried)
         if args.out:
             found = errors(experiment, experiment.drawn, seed=1)
             draw(experiment, found, args.out)
             if experiment.name == "exactness":
                 draw_first_page(experiment, found, args.out)
+    if args.out:
+        save(record, args.out, "exactness.json")
 
 
 if __name__ == "__main__":
