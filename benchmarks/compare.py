@@ -52,7 +52,7 @@ SMOKE["gpu"] = cases(["bfloat16"], (128, 64, 1001))
 SMOKE_OF_OTHERS = [of_size((130, 1003), "bfloat16"), of_size((100, 64, 1001), "float32")]
 ROUNDS = {"cpu": 7, "small": 400, "gpu": 20, "tpu": 20, "divergences": 7, "policy": 9, "skipping": 5}
 
-# What others have published for these sizes, with gradients: docs/performance.md has the sources.
+# What others have published for these sizes, with gradients: docs/benchmarks/accelerators.md has the sources.
 PUBLISHED = {
     (16384, 2048, 248320): "H100: CCE 92.55 ms and 3.09 GB, full logits 137 ms and 47.55 GB, Liger 321 ms and 6.05 GB",
     (8192, 4096, 128256): "B200: Liger's CuTe kernels 17.51 ms and 2,415 MiB",

@@ -5,7 +5,7 @@
     python benchmarks/compiled.py post-training --platform h100    # docs/benchmarks/compiled.md, beside Liger's figures
     python benchmarks/compiled.py sharding --platform tpu          # docs/benchmarks/compiled.md
     python benchmarks/compiled.py steps --platform tpu             # training steps, h100 too
-    python benchmarks/compiled.py traffic --platform tpu           # docs/benchmarks/cpu.md, half an hour; h100 too
+    python benchmarks/compiled.py traffic --platform tpu           # docs/benchmarks/accelerators.md, 30 min; h100 too
     python benchmarks/compiled.py memory --smoke                   # small sizes
 
 The platform is this CPU unless it is named. platforms.py says what to install for the compilers of H100 and TPU. Prints
