@@ -50,7 +50,11 @@ class XLA(Backend):
         return dtype
 
 
-def by_budget(positions: Any, classes: int, least: int, budget: int, most: int = 2**30) -> int:
-    """A quarter of the positions, or fewer if their float32 logits exceed `budget` bytes; from `least` to `most`."""
-    sizes = (positions // 4, budget // (4 * classes), most)
-    return max(least, min((size for size in sizes if isinstance(size, int)), default=least))
+def by_budget(positions: Any, classes: Any, least: int, budget: int, most: int | None = None) -> int:
+    """A quarter of the positions, or fewer if their float32 logits exceed `budget` bytes; from `least` to `most`.
+
+    If neither the positions nor the classes are known, as in symbolic shapes, it is `least`.
+    """
+    sizes = (positions // 4, budget // (4 * classes))
+    size = min((size for size in sizes if isinstance(size, int)), default=least)
+    return max(least, size if most is None else min(size, most))
