@@ -345,7 +345,8 @@ one = jax.jit(call, static_argnums=0)
 def gradients_of(config, function, wanted, cotangents):
     """(what `function` returns besides, the gradients by the arrays wanted), in the mode of the config.
 
-    Forward mode has one tangent for each element of the arrays.
+    Forward mode has one tangent for each element of the arrays. One array moves at a time, because a tangent of 0 times
+    an infinite derivative by another array would be NaN.
     """
     if not config.forward:
         differentiated, pull, found = jax.vjp(function, wanted, has_aux=True)
@@ -356,8 +357,10 @@ def gradients_of(config, function, wanted, cotangents):
         differentiated, found = function(wanted)
         return sum(jnp.sum(x * cotangents[name]) for name, x in differentiated.items()), found
 
-    gradients, found = jax.jacfwd(total, has_aux=True)(wanted)
-    return found, gradients
+    def gradient(name):
+        return jax.jacfwd(lambda array: total(wanted | {name: array})[0])(wanted[name])
+
+    return total(wanted)[1], {name: gradient(name) for name in wanted}
 
 
 def layer_of(config, wanted):

@@ -59,7 +59,8 @@ def draw(config, rng, cases):
     row, shape = (cases, n), (cases, n, c)
     values: dict[str, Any] = calls.layer(config, rng, cases)
     if config.bias:
-        masked = (rng.random((cases, c)) < 0.3) & (rng.random((cases, 1)) < 0.3)
+        # Not in forward mode, where a tangent of 0 times the infinite derivative by another class would be NaN.
+        masked = (rng.random((cases, c)) < 0.3) & (rng.random((cases, 1)) < 0.3 * (not config.forward))
         values["bias"] = np.where(masked, -np.inf, values["bias"]).astype(wide)
     labels = rng.integers(0, c, row)
     if config.entries:
