@@ -177,8 +177,9 @@ def _expected(config, values, a):
             of_labels = (calls._at_entries(config, values, array) for array in of_labels)
         add("d labels", *of_labels)
     if config.traced:
-        by_smoothing, terms = ks * (one / 2 - y) * by_label, size * abs(one / 2 - y) * terms
-        add("d label_smoothing", np.sum(by_smoothing, (1, 2)), np.sum(terms, (1, 2)))
+        # The loss is that of the labels and that of shares of 1/2, weighted, and its derivative is their difference.
+        by_smoothing, of_labels = ks * (one / 2 - y) * by_label, y * w * cost_of_yes + (1 - y) * cost_of_no
+        add("d label_smoothing", np.sum(by_smoothing, (1, 2)), np.sum(size * (terms / 2 + of_labels), (1, 2)))
     if config.pos_weight:
         by_weight = ks * oracle.times(yes, cost_of_yes)
         add("d pos_weight", np.sum(by_weight, 1), np.sum(abs(by_weight), 1))
