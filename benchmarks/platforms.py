@@ -66,7 +66,8 @@ def temporaries(program):
     held, (device, *_) = program.memory_analysis(), jax.tree.leaves(program.input_shardings)[0].device_set
     if device.platform != "tpu":
         return held.temp_size_in_bytes
-    return held.peak_memory_in_bytes - held.argument_size_in_bytes - held.output_size_in_bytes
+    results = held.output_size_in_bytes - held.alias_size_in_bytes  # donated arguments are the room of results
+    return held.peak_memory_in_bytes - held.argument_size_in_bytes - results
 
 
 # --- what is compiled most --------------------------------------------------------------------------------------------
