@@ -6,15 +6,17 @@ import numpy as np
 import oracle
 import pytest
 from compiling import optimized
+from jax import lax
 from one_reduction import OneReduction
 
 from jxent._backend.backend import RowMode
 from jxent._backend.platform import BACKENDS
-from jxent._core.shards import Shards
+from jxent._core.shards import ClassAxis, Shards
 from jxent._labels.index import IndexLabels
 from jxent._objective.cross_entropy import CrossEntropy
 from jxent._objective.objective import RowInputs
 from jxent._objective.rule import BlockOf, costs_of_block
+from jxent._rows.reduction import Wanted, row_sums
 
 BOUND = 5e-6
 BOUND_BELOW = 1.1e-5  # of numbers below 1e-30, for which x - m is up to 87 and rounds more
@@ -164,3 +166,23 @@ def test_random_rows(classes):
         makers = ramps, confident, around_anchors, masked, tiny_rests, many_far_below, confident, masked
         logits = np.concatenate([rows, ties, *(make(rng, classes) for make in makers), rows[:16] + 1e4])
         judge(np.float32(logits), rng)
+
+
+@pytest.mark.parametrize("make", [confident, masked])
+def test_shards_of_the_classes(make):
+    """As one row: shards whose largest logits are equal, or all masked, and a label of any shard."""
+    rng = np.random.default_rng(3)
+    logits = np.float32(make(rng, 24))
+    logits[:8, [2, 9, 17]] = logits[:8].max(1, keepdims=True)  # the maximum on three shards of eight classes
+    logits[8:12, 8:16] = -np.inf
+    index, wanted = np.argmax(logits, 1)[:, None], Wanted(distance=True, linear=True, prediction=True)
+
+    def of_shard(part):
+        offset = lax.axis_index("classes") * 8
+        axis = ClassAxis(axis=1, size=8, shards=Shards(axis_name=("classes",), number=3, checked=False), offset=offset)
+        return row_sums(part, index - offset, wanted, jnp.float32, axis)
+
+    parts = logits.reshape(len(logits), 3, 8).swapaxes(0, 1)
+    found = jax.tree.map(lambda a: a[0], jax.vmap(of_shard, axis_name="classes")(parts))
+    whole = row_sums(logits, index, wanted, jnp.float32, ClassAxis(axis=1, size=24, shards=Shards(), offset=None))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=5e-6, atol=1e-37), found._asdict(), whole._asdict())

@@ -28,7 +28,7 @@ class XLA(Backend):
         return values, indices
 
     def block_size(self, positions: Any, classes: int, needs: BlockNeeds) -> int:
-        """The positions of a block, from what an H100 computes and moves. `docs/benchmarks/cpu.md` has the figures.
+        """The positions of a block, from what an H100 computes and moves: see `docs/benchmarks/accelerators.md`.
 
         Each block adds its share to the kernel's gradient, which is read and written in float32. Its matmul takes
         longer than that traffic if 4 / block + 1 / features < bandwidth / flops. With 2048 features on an H100 that is

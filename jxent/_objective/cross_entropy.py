@@ -114,7 +114,8 @@ class CrossEntropy(Objective):
         out, residuals = _by_one_reduction(self, inputs)
         return out, residuals._replace(inputs=inputs)
 
-    def needs_one_sum(self, labels: Labels | None) -> bool:
+    @property
+    def needs_one_sum(self) -> bool:
         return self.costs == ("label",) and not self.stats
 
     def takes_one_reduction(self, labels: Labels | None, temperature: Array | None) -> bool:

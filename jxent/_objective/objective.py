@@ -123,9 +123,9 @@ class Objective(abc.ABC):
     def tangent(self, residuals: Any, moving: Any) -> Costs:
         """The tangents of the costs, linear in `moving`, the tangents of the inputs; None for a constant input."""
 
-    def needs_one_sum(self, labels: Labels | None) -> bool:
-        """Whether the costs need only the maximum and one sum of each row, for labels of this kind."""
-        del labels
+    @property
+    def needs_one_sum(self) -> bool:
+        """Whether the costs need only the maximum and one sum of each row."""
         return False
 
     def takes_one_reduction(self, labels: Labels | None, temperature: Array | None) -> bool:

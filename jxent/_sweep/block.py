@@ -129,7 +129,7 @@ def _layers(sweep: Sweep, inputs: Inputs, row_mask: Array | None) -> tuple[_Laye
 
 def row_mode_of(sweep: Sweep, wrt: tuple[str, ...], backend: Backend, inputs: Inputs) -> RowMode:
     """How the backend computes the rows of a block."""
-    mode = backend.row_mode(bool(wrt) or sweep.pushes_tangents, sweep.objective.needs_one_sum(inputs.labels))
+    mode = backend.row_mode(bool(wrt) or sweep.pushes_tangents, sweep.objective.needs_one_sum)
     if mode is RowMode.SAVED_EXP and "temperature" in wrt:
         return RowMode.PASSES  # the gradient by a temperature needs the logits; exponentials would be one more array
     if mode is RowMode.ONE_REDUCTION and not sweep.objective.takes_one_reduction(inputs.labels, inputs.temperature):
