@@ -175,6 +175,7 @@ def test_shards_of_the_classes(make):
     logits = np.float32(make(rng, 24))
     logits[:8, [2, 9, 17]] = logits[:8].max(1, keepdims=True)  # the maximum on three shards of eight classes
     logits[8:12, 8:16] = -np.inf
+    logits[12], logits[12, 3:5] = -np.inf, np.finfo(np.float32).min
     index, wanted = np.argmax(logits, 1)[:, None], Wanted(distance=True, linear=True, prediction=True)
 
     def of_shard(part):
