@@ -149,7 +149,6 @@ def _expected(config, values, a):
     cost_of_yes, cost_of_no = sigmoid.costs(x, a)
     p_yes, p_no = a.exp(-cost_of_yes), a.exp(-cost_of_no)
     losses = np.sum(oracle.times(w * yes, cost_of_yes) + oracle.times(no, cost_of_no), -1)
-    losses = np.where(bad, a.array(np.nan), losses)
 
     s = a.array(np.where(keep, values["sample_weight"] if config.sample_weight else 1, 0))
     total = np.sum(s, -1, keepdims=True)
@@ -162,7 +161,8 @@ def _expected(config, values, a):
     def add(name, value, scale, lost=least):
         found[name] = calls.Expected(*(np.asarray(array, np.float64) for array in (value, abs(scale), 1.0, lost)))
 
-    loss = oracle.times(s, losses)
+    # An index out of range is an error whatever its weight.
+    losses, loss = (np.where(bad, a.array(np.nan), array) for array in (losses, oracle.times(s, losses)))
     loss = loss if none else np.sum(loss, -1, keepdims=True) / divisor
     add("loss", loss, loss, lost=n * c * least)
     ks = np.where(bad, a.array(np.nan), per * s)[..., None]

@@ -345,6 +345,32 @@ def test_softcap_of_a_confident_row(kind):
     assert worst(stats.entropy, -(np.exp(log_p) * log_p).sum(-1)) < 2e-5
 
 
+@pytest.mark.parametrize("temperature", [1.0, 100.0])
+def test_tangents_where_the_softcap_saturates(temperature):
+    """Capped logits nearly agree, and their slopes differ 1e4 times: a reference with another slope takes digits."""
+    logits, cap = np.array([-4.0, -36.0, -12.0], np.float32), 5.0
+    x = logits.astype(np.float64) / cap
+    p = np.exp(oracle.log_softmax(cap * np.tanh(x) / temperature))
+    slope = np.cosh(x) ** -2 / temperature
+    want = slope * (np.eye(3) - p)  # of log p
+    options = {"logit_softcap": cap, "temperature": temperature}
+
+    def log_p(kernel):
+        out = jxent.linear_cross_entropy(np.ones((3, 1)), kernel, jnp.arange(3), reduction="none", **options)
+        return -out
+
+    def listed(kernel):
+        out = jxent.linear_log_probs(np.ones((3, 1)), kernel, jnp.arange(3)[:, None], **options)
+        return out.log_probs[:, 0], out.log_rest
+
+    kernel, bound = jnp.asarray(logits)[None], 2e-5  # exp(-2 u) rounds u = 7, doubled
+    assert worst(jax.jacfwd(log_p)(kernel)[:, 0], want) < bound
+    of_listed, of_rest = jax.jacfwd(listed)(kernel)
+    assert worst(of_listed[:, 0], want) < bound
+    share = (1 - np.eye(3)) * p / (1 - p[:, None])
+    assert worst(of_rest[:, 0], slope * (share - p)) < bound
+
+
 @pytest.mark.parametrize("label", [0, 1])
 def test_smoothing_towards_one_class(label):
     """All the smoothing goes to the confident class, where p V - w cancels; and log_z itself is needed exactly."""

@@ -237,7 +237,7 @@ class CrossEntropy(Objective):
             dlogit = None if dlogits is None else at_index(dlogits, index, self.axis, axis_name)
             label_dx = None if dlogit is None else passes.dx_of(logit, dlogit)
         if dlogits is not None:
-            reference = passes.dx_of(passes.arrays.row_max, passes.mean_at_max(lambda c: c.dlogit))
+            reference = passes.mean_at_max(lambda c: c.dx)
         if passes.lacks_label and dlogits is not None:
             loss = known(residuals.kept["label"])
             label_is_largest = loss - residuals.log_z < math.log(4 / 3)  # see `terms.below_top`

@@ -177,20 +177,23 @@ class ListedClasses(Objective):
         temperature, dtemperature = passes.arrays.temperature, as_row(moving.temperature, residuals.inputs)
         tangents = Moving(logits=dlogits, temperature=dtemperature)
         passes.moving(tangents)
-        dlisted, dtop = jnp.zeros_like(residuals.listed), jnp.zeros_like(rest.row_max)
+        dlisted, still = jnp.zeros_like(residuals.listed), jnp.zeros_like(rest.row_max)
+        reference = still
         if dlogits is not None:
-            dlisted, dtop = entries.collected(dlogits), passes.mean_at_max(lambda c: c.dlogit)
-        passes.moving(tangents._replace(reference=passes.dx_of(rest.row_max, dtop)))
+            dlisted, reference = entries.collected(dlogits), passes.mean_at_max(lambda c: c.dx)
+        passes.moving(tangents._replace(reference=reference))
         dlog_z = passes.sum(lambda c: c.p * c.dz)
 
         def out(listed: Array, row_max: Row, log_z: Row, temperature: Row | None) -> LogProbs:
             of_rest = rest._replace(row_max=row_max, log_z=log_z)
             return log_probs(listed, residuals.counted, of_rest, temperature, self.axis, self.logit_softcap)
 
+        # The reference is the tangent of m', which moves the rest. Here s' gets it, as the tangent of the logit below m'
+        # would be the reference divided by the slope, and that is 0 where the soft cap saturates.
+        dlog_z += reference if temperature is None else reference / temperature
         if temperature is not None:
-            still = jnp.zeros_like(temperature)
-            dtemperature = still if dtemperature is None else still + dtemperature
-        at, along = (residuals.listed, rest.row_max, rest.log_z), (dlisted, dtop, dlog_z)
+            dtemperature = jnp.zeros_like(temperature) + (0 if dtemperature is None else dtemperature)
+        at, along = (residuals.listed, rest.row_max, rest.log_z), (dlisted, still, dlog_z)
         moved = jax.jvp(out, (*at, temperature), (*along, dtemperature))[1]
         if residuals.counted is not None:
             moved = self._marked(residuals, moved, 0)
