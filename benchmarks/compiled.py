@@ -6,6 +6,7 @@
     python benchmarks/compiled.py sharding --platform tpu          # docs/benchmarks/compiled.md
     python benchmarks/compiled.py steps --platform tpu             # training steps, h100 too
     python benchmarks/compiled.py traffic --platform tpu           # docs/benchmarks/accelerators.md, 30 min; h100 too
+    python benchmarks/compiled.py recompute --platform tpu         # docs/benchmarks/accelerators.md
     python benchmarks/compiled.py memory --smoke                   # small sizes
 
 The platform is this CPU unless it is named. platforms.py says what to install for the compilers of H100 and TPU. Prints
@@ -22,7 +23,7 @@ import jax
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # for h100.py, hlo.py and train_step.py
 from compiled_memory import memory, post_training
 from compiled_sharding import sharding, steps
-from compiled_traffic import traffic
+from compiled_traffic import recompute, traffic
 from platforms import PLATFORMS
 
 TABLES = {
@@ -31,6 +32,7 @@ TABLES = {
     "sharding": sharding,
     "steps": steps,
     "traffic": traffic,
+    "recompute": recompute,
 }
 
 

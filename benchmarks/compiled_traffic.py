@@ -29,11 +29,13 @@ SIZES = {
 }
 OPTIONS = {
     "jxent": {},
+    "jxent, `recompute=True`": {"recompute": True},
     'jxent, `reduction="none"`, summed': {"reduction": "none"},
     "jxent, smoothing and z-loss": {"label_smoothing": 0.1, "z_loss_weight": 1e-4},
     "jxent, 256 positions": {"block_size": 256},
     "jxent, 2048 positions": {"block_size": 2048},
 }
+FEATURES = (1024, 50257), (2048, 151936), (4096, 128256), (8192, 128256)  # and classes, of 8192 positions
 HEADS = ("", "temporaries", "of full logits", "accessed", "flops", "at least", "one by one")
 
 
@@ -66,6 +68,31 @@ def of_chip(chip, size, full, most):
     ):
         print(f"\n{device.device_kind}: {title}")
         table(HEADS, ((name, *cells(losses[name], args, wrt, chip, device, full)) for name in list(losses)[:most]))
+
+
+def recompute(platform, smoke):
+    """Three matmuls or four: a loss whose gradients are computed forwards or backwards, on chips of a TPU."""
+    if platform != "tpu":
+        raise SystemExit("the compiler of TPUs alone estimates cycles: --platform tpu")
+    chips = [chip for chip in CHIPS if chip != "h100"]
+    rows = []
+    for features, vocab in [SMALL[1:]] if smoke else FEATURES:
+        positions = SMALL[0] if smoke else 8192
+        for chip in chips[: 1 if smoke else None]:
+            of_three, of_four = (_work(chip, (positions, features, vocab), flag) for flag in (False, True))
+            moved, cycles = ([f"{work[i] / by:,.1f}" for work in (of_three, of_four)] for i, by in ((1, 1e9), (2, 1e6)))
+            rows.append(
+                (f"{positions} x {features} x {vocab}", chip, *moved, *cycles, f"{of_four[2] / of_three[2]:.2f}")
+            )
+    heads = "GB, forwards", "GB, backwards", "M cycles, forwards", "M cycles, backwards", "ratio"
+    table(("positions x features x classes", "chip", *heads), rows)
+
+
+def _work(chip, size, flag):
+    """What value and gradients of a mean do, with `recompute=flag`."""
+    loss = linear(**ONE_LOOP, recompute=flag)
+    made = compiled(jax.value_and_grad(loss, (0, 1)), arguments(*size, jnp.bfloat16), tpus(CHIPS[chip][0])[0])
+    return Program(made.as_text()).work()
 
 
 def cells(loss, args, wrt, chip, device, full):

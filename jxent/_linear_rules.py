@@ -3,12 +3,13 @@
 Coefficients are a dictionary from the name of a cost to an array of the positions' shape.
 """
 
+from collections.abc import Iterable
 from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
 from jxent._core.dtypes import compute_dtype
@@ -62,9 +63,26 @@ def _linear_costs(sweep: Sweep, inputs: Inputs) -> Swept:
 
 def _linear_costs_fwd(sweep: Sweep, primals: Any) -> tuple[Swept, tuple[Inputs, Inputs]]:
     inputs, differentiated = _values(primals)
-    out = sharded(sweep, (), inputs, {})[0]
-    indices = sweep.objective.known_indices(inputs.indices, out.prediction)
-    return out, (inputs._replace(indices=indices), differentiated)
+    objective, rows = sweep.objective, None
+    if _takes_rows(sweep, inputs, ()):
+        (costs, prediction), _ = sharded(sweep._replace(objective=objective.returning_rows()), (), inputs, {})
+        rows = {name: lax.stop_gradient(costs[name]) for name in costs if name not in objective.names}
+        out = Swept(costs={name: costs[name] for name in objective.names}, prediction=prediction)
+    else:
+        out = sharded(sweep, (), inputs, {})[0]
+    indices = objective.known_indices(inputs.indices, out.prediction)
+    return out, (inputs._replace(indices=indices, rows=rows), differentiated)
+
+
+def _takes_rows(sweep: Sweep, inputs: Inputs, costs: Iterable[str]) -> bool:
+    """Whether the sweep for the gradients of these costs takes rows from the sweep for the costs.
+
+    It does if it multiplies in 16 bits. These round a gradient more than the logits, which are computed again. With
+    class weights in sums over the classes, the gradient needs further sums, and so the logits in memory.
+    """
+    in_16_bits = jnp.promote_types(inputs.hidden.dtype, inputs.kernel.dtype).itemsize == 2
+    alone = in_16_bits and inputs.class_weight is None
+    return alone and sweep.objective.takes_rows(inputs.labels, inputs.temperature, costs)
 
 
 # The gradient is that of the sum of cotangent[i] * cost[i]. So the cotangents are the coefficients of the sweep.
@@ -86,13 +104,15 @@ def _gradients_unless_zero(sweep: Sweep, wrt: tuple[str, ...], inputs: Inputs, c
     Derivatives of the gradients by such a coefficient are not 0, so tangents come from a sweep over all positions.
     Dense label probabilities are an exception: to skip positions, a sweep would have to copy a block of them.
     """
+    if inputs.rows is not None and ("bias" in wrt or not _takes_rows(sweep, inputs, coefficients)):
+        inputs = inputs._replace(rows=None)  # the gradient by a bias reads the gradient of the logits in float32
     if inputs.mask is None and inputs.labels is not None and inputs.labels.dense is not None:
         return sharded(sweep, wrt, inputs, coefficients)[1]
     leaves, tree = jax.tree.flatten((inputs, coefficients))
 
     def of_all(*leaves: Array) -> Gradients:
         inputs, coefficients = tree.unflatten(leaves)
-        return sharded(sweep, wrt, inputs, coefficients)[1]
+        return sharded(sweep, wrt, inputs._replace(rows=None), coefficients)[1]
 
     @jax.custom_jvp
     def of_some(*leaves: Array) -> Gradients:
@@ -120,6 +140,7 @@ def _linear_costs_tangent(sweep: Sweep, residuals: tuple[Inputs, Inputs], tangen
 
 def _tangents_of_costs(sweep: Sweep, inputs: Inputs, tangents: Inputs) -> dict[str, Array]:
     """The tangents, by a sweep whose blocks push tangents through their logits to their costs."""
+    inputs = inputs._replace(rows=None)
     of_names = {name: tangents.array(name) for name in Inputs._fields}
     of_moving = {name: tangent for name, tangent in of_names.items() if tangent is not None}
     sweep = sweep._replace(pushes_tangents=True)

@@ -35,6 +35,7 @@ class Collective(NamedTuple):
 class Work(NamedTuple):
     flops: int
     bytes: int
+    cycles: int = 0  # by the estimate of the TPU's compiler; other compilers make none
 
     def __add__(self, other):
         return Work(*(a + b for a, b in zip(self, other, strict=True)))
@@ -243,7 +244,7 @@ class Program:
         """Of a computation, the entry if none is named. For programs of a TPU or a GPU, whose memory is HBM."""
         total = NOTHING
         for i in self.computations[name or self.entry]:
-            total += Work(self.multiplied(i), 0 if fused else self.moved(i))
+            total += Work(self.multiplied(i), *((0, 0) if fused else (self.moved(i), estimated_cycles(i))))
             if i.opcode == "fusion":
                 total += self.work(*self.called(i, "calls"), fused=True)
             elif i.opcode == "while":
@@ -284,6 +285,11 @@ class Program:
         """Custom kernels, of which neither the flops nor the bytes read twice are known."""
         targets = 'target="tpu_custom_call"', 'target="__gpu$xla.gpu.triton"'
         return sum(any(target in i.rest for target in targets) for i in self.made.values())
+
+
+def estimated_cycles(i):
+    found = re.search(r'"estimated_cycles":"?(\d+)', i.rest)
+    return int(found[1]) if found else 0
 
 
 def collectives(text):

@@ -62,7 +62,7 @@ READINGS = {
     "gradients": [2],
     "frozen kernel": [2],
     "smoothing and z-loss": [2],
-    "no reduction": [1, 2],
+    "no reduction": [1, 1],
     "statistics": [1],
     "statistics, gradients": [1, 2],
 }

@@ -1,4 +1,6 @@
-"""The one reduction of GPUs and TPUs, on a CPU: against float64, and against the passes that it replaces."""
+"""The rows of GPUs and TPUs, on a CPU: by one reduction, or known to the second sweep from the first."""
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -7,8 +9,11 @@ import oracle
 import pytest
 from compiling import optimized
 from jax import lax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from one_reduction import OneReduction
 
+import jxent
 from jxent._backend.backend import RowMode
 from jxent._backend.platform import BACKENDS
 from jxent._core.shards import ClassAxis, Shards
@@ -187,3 +192,117 @@ def test_shards_of_the_classes(make):
     found = jax.tree.map(lambda a: a[0], jax.vmap(of_shard, axis_name="classes")(parts))
     whole = row_sums(logits, index, wanted, jnp.float32, ClassAxis(axis=1, size=24, shards=Shards(), offset=None))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=5e-6, atol=1e-37), found._asdict(), whole._asdict())
+
+
+# --- gradients from the rows of an earlier sweep ----------------------------------------------------------------------
+
+RNG = np.random.default_rng(5)
+HIDDEN, KERNEL = RNG.normal(size=(5, 8, 16)), RNG.normal(size=(16, 102))
+LABELS = RNG.integers(0, 102, (5, 8))
+LABELS[1, 2:5] = -100
+COTANGENTS = RNG.normal(size=(5, 8)) * (RNG.random((5, 8)) < 0.8)
+OPTIONS = {
+    "label": {},
+    "weights": {"class_weight": np.linspace(0.5, 2, 102)},
+    "smoothing and z-loss": {"label_smoothing": 0.1, "z_loss_weight": 0.01, "sample_weight": np.linspace(0, 2, 8)},
+    "recompute": {"recompute": True, "label_smoothing": 0.1},
+    "statistics": {"return_stats": True, "z_loss_weight": 0.01},
+}
+
+
+def total(name, hidden, kernel, **more):
+    """Of a loss whose gradients are computed in the backward pass; the statistics count too, without the entropy."""
+    options = OPTIONS[name]
+    reduction = "mean" if "recompute" in options else "none"
+    loss = jxent.linear_cross_entropy(hidden, kernel, LABELS, block_size=7, reduction=reduction, **options, **more)
+    if "return_stats" in options:
+        loss, stats = loss
+        loss = loss + stats.log_prob * stats.log_normalizer
+    return jnp.sum(COTANGENTS.astype(loss.dtype) * loss) if loss.ndim else loss
+
+
+def gradient_by_both(name, **more):
+    return jax.grad(lambda arrays: total(name, *arrays, **more))
+
+
+def in_bfloat16(spec=None):
+    arrays = [jnp.asarray(array, jnp.bfloat16) for array in (HIDDEN, KERNEL)]
+    return arrays if spec is None else [jax.device_put(*each) for each in zip(arrays, spec, strict=True)]
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_gradients_from_known_rows(name, monkeypatch):
+    """Against float64. The gradient of a block's logits rounds to 8 bits, and its product with an array once more."""
+    calls, backward = [], CrossEntropy.backward_from_rows
+    monkeypatch.setattr(CrossEntropy, "backward_from_rows", lambda *args: calls.append(1) or backward(*args))
+    found = jax.jit(gradient_by_both(name))(in_bfloat16())
+    assert calls, "the second sweep has computed the rows again"
+    with jax.enable_x64(True):
+        expected = [*map(np.asarray, gradient_by_both(name)([jnp.asarray(a, jnp.float64) for a in in_bfloat16()]))]
+    for got, want in zip(found, expected, strict=True):
+        assert np.max(np.abs(np.float64(got) - want)) < 2**-7 * np.max(np.abs(want))
+
+
+@pytest.mark.parametrize("mode", ["Auto", "Explicit"])
+def test_known_rows_on_a_mesh(mode):
+    mesh = jax.make_mesh((2, 2, 2), ("data", "sequence", "vocab"), axis_types=(AxisType[mode],) * 3)
+    spec = NamedSharding(mesh, P(None, "data", None)), NamedSharding(mesh, P("sequence", "vocab"))
+    with jax.set_mesh(mesh):
+        found = jax.jit(gradient_by_both("smoothing and z-loss"))(in_bfloat16(spec))
+    expected = jax.jit(gradient_by_both("smoothing and z-loss"))(in_bfloat16())
+    for got, want in zip(found, expected, strict=True):
+        assert np.max(np.abs(np.float64(got) - np.float64(want))) < 2**-7 * np.max(np.abs(np.float64(want)))
+
+
+@pytest.mark.parametrize("order", ["forward over reverse", "reverse over reverse"])
+def test_second_derivatives_do_not_take_rows_as_constants(order):
+    def second(arrays):
+        gradient = gradient_by_both("label")
+        if order == "forward over reverse":
+            return jax.jvp(gradient, (arrays,), (arrays,))[1]
+        along = jax.lax.stop_gradient(arrays)
+        return jax.grad(lambda arrays: sum(map(jnp.vdot, gradient(arrays), along)))(arrays)
+
+    found = jax.jit(second)(in_bfloat16())
+    with jax.enable_x64(True):
+        expected = [*map(np.asarray, second([jnp.asarray(a, jnp.float64) for a in in_bfloat16()]))]
+    for got, want in zip(found, expected, strict=True):
+        assert np.max(np.abs(np.float64(got) - want)) < 2**-6 * np.max(np.abs(want))
+
+
+SEVERAL = jxent.SparseLabels(np.stack([abs(LABELS), abs(LABELS) // 2], -1), np.full((5, 8, 2), 0.5, np.float32))
+
+
+def with_entropy(hidden, kernel, bias):
+    stats = jxent.linear_cross_entropy(hidden, kernel, LABELS, bias=bias, reduction="none", return_stats=True)[1]
+    return jnp.sum(stats.entropy)
+
+
+def losses(hidden, kernel, bias, labels=LABELS, **options):
+    return jnp.sum(jxent.linear_cross_entropy(hidden, kernel, labels, bias=bias, reduction="none", **options))
+
+
+# Gradients that would lose digits, and one that is summed in float32.
+@pytest.mark.parametrize(
+    ("f", "wrt", "dtype"),
+    [
+        (with_entropy, (0, 1), jnp.bfloat16),
+        (partial(losses, labels=SEVERAL), (0, 1), jnp.bfloat16),
+        (partial(losses, logit_softcap=5.0), (0, 1), jnp.bfloat16),
+        (partial(losses, temperature=0.5), (0, 1), jnp.bfloat16),
+        (partial(losses, label_smoothing=0.1, class_weight=np.linspace(0.5, 2, 102)), (0, 1), jnp.bfloat16),
+        (losses, (0, 1, 2), jnp.bfloat16),
+        (losses, (0, 1), jnp.float32),
+    ],
+    ids=["entropy", "several labels", "soft cap", "temperature", "weighted smoothing", "bias", "float32"],
+)
+def test_without_known_rows(f, wrt, dtype, monkeypatch):
+    def refused(*_):
+        raise AssertionError
+
+    monkeypatch.setattr(CrossEntropy, "backward_from_rows", refused)
+    arrays = [jnp.asarray(array, dtype) for array in (HIDDEN, KERNEL, np.zeros(102))]
+    jax.eval_shape(jax.grad(f, wrt), *arrays)
+    jax.jit(jax.grad(f, wrt)).lower(*arrays)
+    with pytest.raises(AssertionError):  # as this one would
+        jax.jit(jax.grad(losses, (0, 1))).lower(*(array.astype(jnp.bfloat16) for array in arrays))

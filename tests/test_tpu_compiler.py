@@ -320,6 +320,28 @@ def test_no_logits_without_gradients(f, vocab_axis):
     assert Program(program.as_text()).work().bytes <= 3e9
 
 
+@pytest.mark.parametrize(
+    ("topology", "options", "most"),
+    [("v5e:2x2", {"reduction": "none"}, 180), ("v6e:2x2", {"recompute": True}, 79)],
+    ids=["v5e, none", "v6e, recompute"],
+)
+def test_second_sweep_writes_the_gradient_alone(topology, options, most):
+    """Rows come from the first sweep, so that the logits of a block go straight into their 16-bit gradient.
+
+    By the compiler's estimate that takes fewer cycles than gradients in the forward pass: 198 M on a v5e, 91 M on a
+    v6e. They need one matmul less, but store float32 logits of smaller blocks.
+    """
+
+    def loss(*arrays):
+        return jnp.mean(jxent.linear_cross_entropy(*arrays, ignore_index=None, **options))
+
+    program = one_chip(jax.value_and_grad(loss, (0, 1)), topology, 8192, 2048, 151936)
+    work = Program(program.as_text()).work()
+    assert temporaries(program) <= 1330 + room_of_results(program)
+    assert work.bytes <= 28e9
+    assert work.cycles <= most * 1e6
+
+
 def test_default_block_of_fewer_classes():
     """A quarter of the logits in float32, where a quarter of the positions would take half of them."""
     program = one_chip(jax.value_and_grad(jxent.linear_cross_entropy, (0, 1)), "v5e:2x2", 8191, 2048, 50257)

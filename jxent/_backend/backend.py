@@ -24,6 +24,9 @@ class RowMode(enum.Enum):
     ONE_REDUCTION = enum.auto()
     """By one reduction, if it has all that the costs need, and otherwise by passes."""
 
+    KNOWN = enum.auto()
+    """Not at all: an earlier sweep has computed them, and the gradient reads each logit once."""
+
 
 class BlockNeeds(NamedTuple):
     """What is computed in each block of positions."""

@@ -15,8 +15,12 @@ class TPU(XLA):
         """The positions of a block. `XLA.block_size` has the rule, by which a v5e needs 1100 positions.
 
         With at most half as many positions as features, the logits of a block fit into the room of the kernel's 16-bit
-        gradient. Without gradients a block writes no logits, and only reads the kernel once more.
+        gradient. Without gradients a block writes no logits, and only reads the kernel once more. If the rows are
+        known, it writes the 16-bit gradient of its logits alone, so that twice as many positions need no more memory.
         """
+        if needs.mode is RowMode.KNOWN:
+            most = 2048 if needs.kernel_gradient else 1024
+            return by_budget(positions, classes, least=1024, budget=2**20 * most, most=most)
         if needs.kernel_gradient:
             return by_budget(positions, classes, least=1024, budget=2**30, most=1024)
         if needs.gradients or needs.mode is not RowMode.ONE_REDUCTION:

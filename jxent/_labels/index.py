@@ -93,7 +93,7 @@ class IndexLabels(Labels):
 class IndexCost(LabelCost):
     """-log p[t]. The gradient is p[j] - [j = t], at j = t computed as expm1(-cost); by log-probabilities -[j = t]."""
 
-    gradient_takes_p_alone = True
+    gradient_takes_p_alone = logits_may_round = True
 
     def __init__(self, labels: IndexLabels, classes: ClassAxis) -> None:
         self.labels, self.classes = labels, classes

@@ -40,6 +40,7 @@ def dimensions(
         "kernel_p": ("fp", "v") if vocab_axis_p else ("v", "fp"),
         "bias_p": ("v",),
         "indices": (*positions, "k"),
+        "rows": None if inputs.rows is None else dict.fromkeys(inputs.rows, positions),
     }
     there: dict[str, Any] = {name: None if array is None else names[name] for name, array in inputs._asdict().items()}
     return Inputs(**there), jax.tree.map(partial(_of_result, positions), coefficients)

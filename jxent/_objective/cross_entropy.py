@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
 from jxent._backend.backend import RowMode
@@ -17,7 +17,7 @@ from jxent._core.indexing import at_index
 from jxent._core.shards import Shards, gradient_of_copies
 from jxent._core.weights import along, is_used
 from jxent._labels.labels import Labels
-from jxent._objective.objective import Costs, Objective, RowInputs, as_row, known_labels, temperature_row
+from jxent._objective.objective import Costs, FromRows, Objective, RowInputs, as_row, known_labels, temperature_row
 from jxent._rows.costs import (
     OPTIONAL,
     STATISTIC_NAMES,
@@ -51,6 +51,7 @@ class CrossEntropy(Objective):
     logit_softcap: float | None
     costs: tuple[str, ...]  # names of the costs whose weighted sum is the loss
     stats: bool  # whether `forward` returns statistics too
+    returns_rows: bool = False  # whether `forward` returns the rows of `FromRows` too
 
     @classmethod
     def wanted(cls, scalars: Scalars) -> tuple[str, ...]:
@@ -59,7 +60,15 @@ class CrossEntropy(Objective):
 
     @property
     def names(self) -> tuple[str, ...]:
+        return (*self._names_of_costs, *self._row_names) if self.returns_rows else self._names_of_costs
+
+    @property
+    def _names_of_costs(self) -> tuple[str, ...]:
         return (*self.costs, *STATISTIC_NAMES) if self.stats else self.costs
+
+    @property
+    def _row_names(self) -> tuple[str, ...]:
+        return "row_max", "log_z", *map(_kept_name, self._names_of_costs)
 
     def costs_of(self, inputs: RowInputs) -> dict[str, Cost]:
         """The costs by name, with the statistics if they are wanted."""
@@ -83,7 +92,7 @@ class CrossEntropy(Objective):
         """
         return self.costs == ("label",) and not self.stats and labels.can_be_left_out(self.classes(size, None))
 
-    def passes(self, residuals: Residuals, previous: Row) -> Passes:
+    def passes(self, residuals: Residuals, previous: Row | None) -> Passes:
         dtype, inputs = residuals.log_z.dtype, residuals.inputs
         like = known(inputs.logits if residuals.exp is None else residuals.exp)
         labels, temperature = known_labels(inputs), temperature_row(inputs)
@@ -106,6 +115,7 @@ class CrossEntropy(Objective):
             axis_name=self.shards.axis_name,
             previous=previous,
             exp_lacks_label=self.leaves_label_out(labels, like.shape[self.axis]),
+            fused=previous is None,
         )
 
     def forward(self, inputs: RowInputs, mode: RowMode) -> tuple[tuple[Costs, Array | None], Residuals]:
@@ -164,13 +174,36 @@ class CrossEntropy(Objective):
                 before = before._replace(label=(cost, values[name]))
         kept = {name: kept for name, (_, kept) in values.items()}
         out = {name: value for name, (value, _) in values.items()}
+        if self.returns_rows:
+            rows = {"row_max": row.row_max, "log_z": log_z}
+            rows |= {_kept_name(name): jnp.zeros_like(log_z) if row is None else row for name, row in kept.items()}
+            out |= lax.stop_gradient(rows)
         return out, residuals._replace(kept=kept)
 
+    def takes_rows(self, labels: Labels | None, temperature: Array | None, names: Iterable[str]) -> bool:
+        label = known(labels).cost(self.classes(1, None), None)
+        costs = {"label": label, "log_prob": LogProb(label)} | OPTIONAL | STATISTICS
+        return self.takes_one_reduction(labels, temperature) and all(costs[name].logits_may_round for name in names)
+
+    def returning_rows(self) -> "CrossEntropy":
+        return replace(self, returns_rows=True)
+
+    def backward_from_rows(self, residuals: FromRows, cotangents: Costs) -> RowInputs:
+        inputs, rows = residuals
+        kept: dict[str, Row | None] = {name: rows[_kept_name(name)] for name in self._names_of_costs}
+        row_max, log_z = rows["row_max"], rows["log_z"]
+        of_rows = Residuals(inputs=inputs, row_max=row_max, log_z=log_z, kept=kept, exp=None)
+        return self._backward(of_rows, cotangents, previous=None)
+
     def backward(self, residuals: Residuals, cotangents: Costs) -> RowInputs:
+        first = next(name for name in self._names_of_costs if cotangents.get(name) is not None)
+        return self._backward(residuals, cotangents, cotangents[first])
+
+    def _backward(self, residuals: Residuals, cotangents: Costs, previous: Row | None) -> RowInputs:
         inputs = residuals.inputs
         costs = self._costs_of_residuals(residuals)
         named = {name: cost for name, cost in costs.items() if cotangents.get(name) is not None}
-        passes = self.passes(residuals, cotangents[next(iter(named))])
+        passes = self.passes(residuals, previous)
         rows = {name: cost.rows(passes, residuals.kept[name], cotangents[name]) for name, cost in named.items()}
         labels = known_labels(inputs)
 
@@ -225,7 +258,8 @@ class CrossEntropy(Objective):
         else:
             moved = self._moved(residuals, passes, moving.logits)._replace(entries=dlabels)
         costs = self._costs_of_residuals(residuals)
-        return {name: cost.tangent(passes, residuals.kept[name], moved) for name, cost in costs.items()}
+        tangents = {name: cost.tangent(passes, residuals.kept[name], moved) for name, cost in costs.items()}
+        return tangents | ({name: jnp.zeros_like(log_z) for name in self._row_names} if self.returns_rows else {})
 
     def _moved(self, residuals: Residuals, passes: Passes, dlogits: Logits | None) -> Moved:
         inputs, axis_name = residuals.inputs, self.shards.axis_name
@@ -298,6 +332,11 @@ def _by_one_reduction_jvp(objective: CrossEntropy, primals: Any, tangents: Any) 
 
 
 _by_one_reduction.defjvp(_by_one_reduction_jvp, symbolic_zeros=True)
+
+
+def _kept_name(cost: str) -> str:
+    """The name of the row that a cost keeps, among the rows of `FromRows`."""
+    return "kept_" + cost
 
 
 def _added_up(arrays: Iterable[Array | None], nothing: Array | None = None) -> Array | None:

@@ -188,8 +188,8 @@ class ListedClasses(Objective):
             of_rest = rest._replace(row_max=row_max, log_z=log_z)
             return log_probs(listed, residuals.counted, of_rest, temperature, self.axis, self.logit_softcap)
 
-        # The reference is the tangent of m', which moves the rest. Here s' gets it, as the tangent of the logit below m'
-        # would be the reference divided by the slope, and that is 0 where the soft cap saturates.
+        # The reference is the tangent of m', which moves the rest. Here s' gets it, because the tangent of that
+        # logit would be the reference divided by a slope, which may be 0.
         dlog_z += reference if temperature is None else reference / temperature
         if temperature is not None:
             dtemperature = jnp.zeros_like(temperature) + (0 if dtemperature is None else dtemperature)

@@ -3,7 +3,7 @@
 import abc
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -61,6 +61,13 @@ class RowInputs:
 
     def replace(self, **arrays: Any) -> Self:
         return replace(self, **arrays)
+
+
+class FromRows(NamedTuple):
+    """The residuals of `Objective.backward_from_rows`."""
+
+    inputs: RowInputs
+    rows: Costs  # what `Objective.returning_rows` returns besides the costs, by name
 
 
 class Objective(abc.ABC):
@@ -132,6 +139,23 @@ class Objective(abc.ABC):
         """Whether `forward` uses `RowMode.ONE_REDUCTION`, for labels of this kind and this temperature."""
         del labels, temperature
         return False
+
+    def takes_rows(self, labels: Labels | None, temperature: Array | None, names: Iterable[str]) -> bool:
+        """Whether `backward_from_rows` has the gradients of the costs with these names, for labels of this kind.
+
+        It reads logits that are computed again, and a compiler may round them in another way. A cost whose gradient
+        would lose digits by that must be left out.
+        """
+        del labels, temperature, names
+        return False
+
+    def returning_rows(self) -> "Objective":
+        """The same objective, but `forward` returns the rows of `FromRows` among the costs, as constants."""
+        raise NotImplementedError
+
+    def backward_from_rows(self, residuals: FromRows, cotangents: Costs) -> Any:
+        """`backward`, from the rows of an earlier `forward`."""
+        raise NotImplementedError
 
     def exchanges_logits(self, inputs: Any) -> bool:
         """Whether the loss's backward pass can do with exponentials instead of the logits.

@@ -80,6 +80,9 @@ class Cost(abc.ABC):
     takes_class_weight: ClassVar[bool] = False
     """Whether the cost is a sum over the classes in which each term has its class weight as a factor."""
 
+    logits_may_round: bool = False
+    """Whether the gradient keeps its digits if the logits and the known rows were rounded in different ways."""
+
     largest_gradient: ClassVar[float] = 1
     """The expected size of the largest gradient for a coefficient of 1, from which `jxent._sweep` scales float16."""
 
@@ -191,6 +194,7 @@ class Uniform(TargetCost):
     """The target of shares w[j] / n, n being the number of classes that are not masked."""
 
     option = "label_smoothing"
+    logits_may_round = True
 
     def unweighted(self, c: Class) -> Array:
         return c.present
@@ -217,7 +221,7 @@ class SquaredNormalizer(Cost):
     """(m + log_z)**2, with the gradient 2 (m + log_z) p[j]."""
 
     option = "z_loss_weight"
-    gradient_takes_p_alone = True
+    gradient_takes_p_alone = logits_may_round = True
     largest_gradient = 64
 
     def value(self, passes: Passes, before: Before) -> tuple[Row, Row]:
@@ -253,6 +257,7 @@ class LogProb(Cost):
     def __init__(self, label: LabelCost) -> None:
         self.label = label
         self.gradient_takes_p_alone = label.gradient_takes_p_alone
+        self.logits_may_round = label.logits_may_round
 
     def value(self, passes: Passes, before: Before) -> tuple[Row, Row | None]:
         label, of_label = known(before.label)
@@ -284,7 +289,7 @@ class LogProb(Cost):
 class LogNormalizer(Cost):
     """m + log_z, with the gradient p[j]."""
 
-    gradient_takes_p_alone = True
+    gradient_takes_p_alone = logits_may_round = True
 
     def value(self, passes: Passes, before: Before) -> tuple[Row, None]:
         return known(before.log_normalizer), None

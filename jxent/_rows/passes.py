@@ -276,6 +276,7 @@ class Passes:
     axis_name: AxisNames = ()  # over which the classes are sharded
     previous: Array | None = None
     exp_lacks_label: bool = False  # whether `Arrays.exp` is 0 at the index label
+    fused: bool = False  # whether a pass without `previous` may be computed together with the logits
 
     @property
     def normalized(self) -> bool:
@@ -393,7 +394,8 @@ class Passes:
     def _start(self, previous: Row | None, arrays: Arrays, *rows: Any) -> tuple[Class, tuple[Any, ...]]:
         """(the `Class`, the rows) of a pass that starts once `previous` is known."""
         one = jnp.ones((), self.dtype)
-        arrays, rows, one, _ = barrier((arrays, rows, one, previous))
+        if previous is not None or not self.fused:
+            arrays, rows, one, _ = barrier((arrays, rows, one, previous))
         return Class(arrays, self.softcap, self.axis, self.exp_lacks_label, one), rows
 
     def _block_sums(

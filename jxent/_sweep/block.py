@@ -17,7 +17,7 @@ from jxent._backend.matmuls import dot, operands_of_block
 from jxent._core.dtypes import compute_dtype
 from jxent._core.weights import along, only
 from jxent._labels.labels import Labels
-from jxent._objective.objective import Objective, RowInputs
+from jxent._objective.objective import FromRows, Objective, RowInputs
 from jxent._objective.rule import BlockOf, costs_of_block
 from jxent._rows.passes import known
 from jxent._rows.terms import rounded
@@ -51,6 +51,7 @@ class Inputs(NamedTuple):
     kernel_p: Float[Array, "rows_p columns_p"] | None = None
     bias_p: Float[Array, " vocab"] | None = None
     indices: Int[Array, "*positions k"] | None = None  # see `RowInputs`
+    rows: dict[str, Float[Array, "*positions"]] | None = None  # see `FromRows`
 
     def array(self, name: str) -> Any:
         """The array (or gradient) of this name; for labels, the one array that they have."""
@@ -81,7 +82,7 @@ class Swept(NamedTuple):
 Gradients = dict[str, Array]
 """Gradients by the names of the fields of `Inputs`."""
 
-POSITIONAL = ("hidden", "labels", "mask", "hidden_p", "indices")
+POSITIONAL = ("hidden", "labels", "mask", "hidden_p", "indices", "rows")
 """The fields of `Inputs` that always have the axes of the positions."""
 
 
@@ -129,6 +130,8 @@ def _layers(sweep: Sweep, inputs: Inputs, row_mask: Array | None) -> tuple[_Laye
 
 def row_mode_of(sweep: Sweep, wrt: tuple[str, ...], backend: Backend, inputs: Inputs) -> RowMode:
     """How the backend computes the rows of a block."""
+    if inputs.rows is not None and not backend.saves_exp:
+        return RowMode.KNOWN
     mode = backend.row_mode(bool(wrt) or sweep.pushes_tangents, sweep.objective.needs_one_sum)
     if mode is RowMode.SAVED_EXP and "temperature" in wrt:
         return RowMode.PASSES  # the gradient by a temperature needs the logits; exponentials would be one more array
@@ -142,8 +145,9 @@ def block_of(
 ) -> tuple[Swept, Gradients]:
     """The costs of one block, and the gradients by the inputs named in `wrt`.
 
-    They are gradients of the sum of the costs times their coefficients. Gradients of arrays that all blocks share have
-    the dtype in which they are summed. `Backend.kernel_gradient` returns the kernel's.
+    They are gradients of the sum of the costs times their coefficients. There are no costs if `inputs` have rows, which
+    an earlier sweep has computed together with the costs. Gradients of arrays that all blocks share have the dtype in
+    which they are summed. `Backend.kernel_gradient` returns the kernel's.
     """
     row_mask = None if inputs.mask is None else inputs.mask[..., None]
     layer, layer_p = _layers(sweep, inputs, row_mask)
@@ -161,14 +165,18 @@ def block_of(
         indices=inputs.indices,
     ).without_masked()  # masked hidden states are 0 above, but masked label probabilities may be NaN
     mode = row_mode_of(sweep, wrt, backend, inputs)
-    if wrt:
+    if mode is RowMode.KNOWN:
+        rows = {name: row[..., None] for name, row in known(inputs.rows).items()}
+        out, residuals, backward = ({}, None), FromRows(inputs=of_block, rows=rows), objective.backward_from_rows
+    elif wrt:
         with jax.named_scope("rows"):
             out, residuals = objective.forward(of_block, mode)
+        backward = objective.backward
     else:
         of_block = objective.cast_alike(of_block)
         static = BlockOf(objective=objective, mode=mode)
         with jax.named_scope("rows"):
-            out, residuals = costs_of_block(static, of_block), None
+            out, residuals, backward = costs_of_block(static, of_block), None, None
     entries: Any = {name: objective.entries(name) for name in out[0]}, objective.entries("prediction")
 
     def as_positions(row: Array, entries: int) -> Array:
@@ -176,15 +184,19 @@ def block_of(
 
     costs, prediction = jax.tree.map(as_positions, out, entries if out[1] is not None else (entries[0], None))
     swept = Swept(costs=costs, prediction=prediction)
-    if residuals is None:
+    if inputs.rows is not None:
+        swept = Swept(costs={}, prediction=None)
+    if backward is None:
         return swept, {}
 
     to_costs = {
-        name: (c if objective.entries(name) else c[..., None]).astype(swept.costs[name].dtype)
+        name: (c if objective.entries(name) else c[..., None]).astype(of_block.dtype)
         for name, c in coefficients.items()
     }
     with jax.named_scope("logits_gradient"):
-        to_rows = objective.backward(residuals, to_costs)
+        to_rows: Any = backward(residuals, to_costs)
+        if mode is RowMode.KNOWN:  # XLA:TPU computes this gradient within the matmul of the logits, for both matmuls
+            to_rows = to_rows.replace(logits=barrier(to_rows.logits.astype(layer.hidden.dtype)))
     gradients = layer.gradients(wrt, to_rows.logits, backend, precision)
     if layer_p is not None:
         gradients |= layer_p.gradients(wrt, to_rows.logits_p, backend, precision)
@@ -193,7 +205,7 @@ def block_of(
             # The terms are computed once more for this sum. If they had two uses, XLA:CPU would write all of them.
             with jax.named_scope(name + "_gradient"):
                 again, _ = barrier(((residuals, to_costs), getattr(to_rows, field)))
-                terms = unfused(getattr(objective.backward(*again), field))
+                terms = unfused(getattr(backward(*again), field))
                 gradients[name] = jnp.sum(terms, tuple(range(terms.ndim - 1)))
     if "labels" in wrt:
         gradients["labels"] = to_rows.labels.array

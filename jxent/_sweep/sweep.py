@@ -113,16 +113,17 @@ def swept_shapes(sweep: Sweep, wrt: tuple[str, ...], inputs: Any) -> Any:
         temperature=inputs.temperature,
     )
     objective, prediction = sweep.objective, None
+    names = objective.names if inputs.rows is None else ()
 
     def result(name: str, dtype: Any) -> Any:
         entries = objective.entries(name)
         return jax.ShapeDtypeStruct((*shape, entries) if entries else shape, dtype)
 
-    if objective.predicts(inputs.indices):
+    if objective.predicts(inputs.indices) and inputs.rows is None:
         prediction: Any = result("prediction", jnp.int32)
     gradients = {name: inputs.array(name) for name in wrt}
     return (
-        Swept(costs={name: result(name, of_block.dtype) for name in objective.names}, prediction=prediction),
+        Swept(costs={name: result(name, of_block.dtype) for name in names}, prediction=prediction),
         {name: jax.ShapeDtypeStruct(like.shape, _storable(name, like.dtype)) for name, like in gradients.items()},
     )
 
