@@ -165,6 +165,7 @@ def block_of(
         indices=inputs.indices,
     ).without_masked()  # masked hidden states are 0 above, but masked label probabilities may be NaN
     mode = row_mode_of(sweep, wrt, backend, inputs)
+    backward: Any = None
     if mode is RowMode.KNOWN:
         rows = {name: row[..., None] for name, row in known(inputs.rows).items()}
         out, residuals, backward = ({}, None), FromRows(inputs=of_block, rows=rows), objective.backward_from_rows
@@ -176,7 +177,7 @@ def block_of(
         of_block = objective.cast_alike(of_block)
         static = BlockOf(objective=objective, mode=mode)
         with jax.named_scope("rows"):
-            out, residuals, backward = costs_of_block(static, of_block), None, None
+            out, residuals = costs_of_block(static, of_block), None
     entries: Any = {name: objective.entries(name) for name in out[0]}, objective.entries("prediction")
 
     def as_positions(row: Array, entries: int) -> Array:
