@@ -80,10 +80,12 @@ def recompute(platform, smoke):
         positions = SMALL[0] if smoke else 8192
         for chip in chips[: 1 if smoke else None]:
             of_three, of_four = (_work(chip, (positions, features, vocab), flag) for flag in (False, True))
-            moved, cycles = ([f"{work[i] / by:,.1f}" for work in (of_three, of_four)] for i, by in ((1, 1e9), (2, 1e6)))
-            rows.append(
-                (f"{positions} x {features} x {vocab}", chip, *moved, *cycles, f"{of_four[2] / of_three[2]:.2f}")
+            moved, cycles = (
+                [f"{each / 10**power:,.1f}" for each in pair]
+                for pair, power in (((of_three.bytes, of_four.bytes), 9), ((of_three.cycles, of_four.cycles), 6))
             )
+            ratio = f"{of_four.cycles / of_three.cycles:.2f}"
+            rows.append((f"{positions} x {features} x {vocab}", chip, *moved, *cycles, ratio))
     heads = "GB, forwards", "GB, backwards", "M cycles, forwards", "M cycles, backwards", "ratio"
     table(("positions x features x classes", "chip", *heads), rows)
 

@@ -19,7 +19,7 @@ from jxent._backend.platform import BACKENDS
 from jxent._core.shards import ClassAxis, Shards
 from jxent._labels.index import IndexLabels
 from jxent._objective.cross_entropy import CrossEntropy
-from jxent._objective.objective import RowInputs
+from jxent._objective.objective import FromRows, RowInputs
 from jxent._objective.rule import BlockOf, costs_of_block
 from jxent._rows.reduction import Wanted, row_sums
 
@@ -210,19 +210,19 @@ OPTIONS = {
 }
 
 
-def total(name, hidden, kernel, **more):
+def total(name, hidden, kernel):
     """Of a loss whose gradients are computed in the backward pass; the statistics count too, without the entropy."""
     options = OPTIONS[name]
     reduction = "mean" if "recompute" in options else "none"
-    loss = jxent.linear_cross_entropy(hidden, kernel, LABELS, block_size=7, reduction=reduction, **options, **more)
+    loss = jxent.linear_cross_entropy(hidden, kernel, LABELS, block_size=7, reduction=reduction, **options)
     if "return_stats" in options:
         loss, stats = loss
         loss = loss + stats.log_prob * stats.log_normalizer
     return jnp.sum(COTANGENTS.astype(loss.dtype) * loss) if loss.ndim else loss
 
 
-def gradient_by_both(name, **more):
-    return jax.grad(lambda arrays: total(name, *arrays, **more))
+def gradient_by_both(name):
+    return jax.grad(lambda arrays: total(name, *arrays))
 
 
 def in_bfloat16(spec=None):
@@ -260,7 +260,7 @@ def test_second_derivatives_do_not_take_rows_as_constants(order):
         gradient = gradient_by_both("label")
         if order == "forward over reverse":
             return jax.jvp(gradient, (arrays,), (arrays,))[1]
-        along = jax.lax.stop_gradient(arrays)
+        along = lax.stop_gradient(arrays)
         return jax.grad(lambda arrays: sum(map(jnp.vdot, gradient(arrays), along)))(arrays)
 
     found = jax.jit(second)(in_bfloat16())
@@ -268,6 +268,49 @@ def test_second_derivatives_do_not_take_rows_as_constants(order):
         expected = [*map(np.asarray, second([jnp.asarray(a, jnp.float64) for a in in_bfloat16()]))]
     for got, want in zip(found, expected, strict=True):
         assert np.max(np.abs(np.float64(got) - want)) < 2**-6 * np.max(np.abs(want))
+
+
+@pytest.mark.parametrize("margin", [0.0, 3.0, 20.0])
+@pytest.mark.parametrize("label", [0, 1])
+@pytest.mark.parametrize("name", ["label", "uniform", "z", "log_prob", "log_normalizer"])
+def test_logits_may_round(name, label, margin):
+    """Logits that the second sweep rounds by up to an ulp otherwise, the largest one too."""
+    x = np.float32(np.random.default_rng(2).normal(size=(1, 40)) + 50)
+    x[0, 0] = x.max() + margin
+    again = jnp.nextafter(x, np.where(np.arange(40) % 2, np.inf, -np.inf).astype(np.float32))
+    inputs, objective = RowInputs(logits=jnp.asarray(x), labels=IndexLabels(indices=jnp.array([[label]]))), OBJECTIVE
+    (out, _), _ = objective.returning_rows().forward(inputs, RowMode.ONE_REDUCTION)
+    rows = {key: out[key] for key in out if key not in objective.names}
+    residuals = FromRows(inputs=inputs.replace(logits=again), rows=rows)
+    found = np.asarray(objective.backward_from_rows(residuals, {name: jnp.ones((1, 1))}).logits)
+    assert objective.costs_of(inputs)[name].logits_may_round
+    log_p = oracle.log_softmax(x)
+    p, at_label = np.exp(log_p), np.arange(40) == label
+    not_p = -np.expm1(log_p)
+    m_and_log_z = np.float64(x[0, 0]) - log_p[0, 0]
+    of_label = np.where(at_label, -not_p, p)
+    top = np.arange(40) == 0
+    of_uniform = np.where(top, 39 / 40 - not_p, p - 1 / 40)
+    want = {
+        "label": of_label,
+        "log_prob": -of_label,
+        "uniform": of_uniform,
+        "z": 2 * m_and_log_z * p,
+        "log_normalizer": p,
+    }
+    size = np.where(top, 1, p + 1 / 40) if name == "uniform" else abs(want[name])  # of its terms
+    assert np.max(abs(found - want[name]) / size) < 1.5e-5  # logits near 50 and 70 round by 4e-6 and 8e-6
+
+
+def test_smoothing_towards_the_only_class():
+    """All others are masked, so p is 1 and its gradient 0, whatever the last digit of its logit is."""
+    x = jnp.full((1, 40), -jnp.inf).at[0, 3].set(50.0)
+    inputs = RowInputs(logits=x, labels=IndexLabels(indices=jnp.array([[3]])))
+    (out, _), _ = OBJECTIVE.returning_rows().forward(inputs, RowMode.ONE_REDUCTION)
+    rows = {key: out[key] for key in out if key not in OBJECTIVE.names}
+    residuals = FromRows(inputs=inputs.replace(logits=jnp.nextafter(x, jnp.full_like(x, -jnp.inf))), rows=rows)
+    found = OBJECTIVE.backward_from_rows(residuals, {"label": jnp.ones((1, 1)), "uniform": jnp.ones((1, 1))})
+    assert not np.any(found.logits)
 
 
 SEVERAL = jxent.SparseLabels(np.stack([abs(LABELS), abs(LABELS) // 2], -1), np.full((5, 8, 2), 0.5, np.float32))
@@ -302,7 +345,6 @@ def test_without_known_rows(f, wrt, dtype, monkeypatch):
 
     monkeypatch.setattr(CrossEntropy, "backward_from_rows", refused)
     arrays = [jnp.asarray(array, dtype) for array in (HIDDEN, KERNEL, np.zeros(102))]
-    jax.eval_shape(jax.grad(f, wrt), *arrays)
     jax.jit(jax.grad(f, wrt)).lower(*arrays)
     with pytest.raises(AssertionError):  # as this one would
         jax.jit(jax.grad(losses, (0, 1))).lower(*(array.astype(jnp.bfloat16) for array in arrays))

@@ -20,7 +20,7 @@ class TPU(XLA):
         """
         if needs.mode is RowMode.KNOWN:
             most = 2048 if needs.kernel_gradient else 1024
-            return by_budget(positions, classes, least=1024, budget=2**20 * most, most=most)
+            return by_budget(positions, classes, least=1024, budget=2**31, most=most)
         if needs.kernel_gradient:
             return by_budget(positions, classes, least=1024, budget=2**30, most=1024)
         if needs.gradients or needs.mode is not RowMode.ONE_REDUCTION:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.custom_derivatives import SymbolicZero
 
 from jxent._backend.backend import RowMode
@@ -177,7 +177,7 @@ class CrossEntropy(Objective):
         if self.returns_rows:
             rows = {"row_max": row.row_max, "log_z": log_z}
             rows |= {_kept_name(name): jnp.zeros_like(log_z) if row is None else row for name, row in kept.items()}
-            out |= lax.stop_gradient(rows)
+            out |= rows
         return out, residuals._replace(kept=kept)
 
     def takes_rows(self, labels: Labels | None, temperature: Array | None, names: Iterable[str]) -> bool:

@@ -150,7 +150,7 @@ class Objective(abc.ABC):
         return False
 
     def returning_rows(self) -> "Objective":
-        """The same objective, but `forward` returns the rows of `FromRows` among the costs, as constants."""
+        """The same objective, but `forward` returns the rows of `FromRows` among the costs; their tangents are 0."""
         raise NotImplementedError
 
     def backward_from_rows(self, residuals: FromRows, cotangents: Costs) -> Any:

@@ -210,7 +210,8 @@ class Uniform(TargetCost):
     def rows(self, passes: Passes, kept: Row | None, cotangent: Row) -> tuple[Row, targets.Sums | None]:
         n = known(kept)
         if passes.arrays.weight is None:
-            return cotangent / n, targets.Sums(all=n, others=n - 1)
+            # One class alone has a gradient of exactly 0, even if its logit is computed twice and rounds differently.
+            return cotangent / n, targets.Sums(all=jnp.where(n == 1, 0, n), others=n - 1)
         return cotangent / n, targets.sums(passes, self.share)
 
     def tangent(self, passes: Passes, kept: Row | None, moved: Moved) -> Row:
