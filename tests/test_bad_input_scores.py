@@ -102,7 +102,12 @@ def kernel_rows():
     function, integer = LINEAR, "must be a Python integer"
     shapes = rf"got {F} in hidden of shape \({N}, {F}\) and"
     return (
-        rows_of(function, "hidden", ("scalar", floats(), ValueError, "needs a features axis", "got a scalar"))
+        rows_of(
+            function,
+            "hidden",
+            ("scalar", floats(), ValueError, "needs a features axis", "got a scalar"),
+            ("channels", floats(N, F, F + 1), ValueError, "number of features", r"pass jnp.moveaxis\(hidden, 1, -1\)$"),
+        )
         + rows_of(
             function,
             "kernel",

@@ -185,6 +185,8 @@ def kernel_axis(function: str, hidden: Array, kernel: Array, vocab_axis: Any, of
         remedy = ""
         if hidden.shape[-1] == kernel.shape[vocab_axis]:
             remedy = f"; for a kernel of the other layout pass vocab_axis={-1 if vocab_axis == 0 else 0}"
+        elif hidden.ndim > 2 and hidden.shape[1] == features:
+            remedy = f"; for PyTorch's layout (N, features, d1, ..., dk) pass jnp.moveaxis(hidden{of}, 1, -1)"
         raise ValueError(
             f"{function}: hidden{of} and kernel{of} must have the same number of features, got {hidden.shape[-1]} in "
             f"hidden{of} of shape {hidden.shape} and {features} in kernel{of} {layout} of shape {kernel.shape}{remedy}"

@@ -5,6 +5,7 @@ from jax import Array, lax
 from jaxtyping import Float, Int
 
 from jxent._backend.backend import Backend
+from jxent._backend.fusion import barrier
 from jxent._backend.platform import by_platform, itself
 from jxent._core.indexing import pick
 from jxent._core.shards import ClassAxis, cast, largest, smallest, total, varying
@@ -19,7 +20,7 @@ def largest_class(logits: Array, classes: ClassAxis) -> Int[Array, "*row"]:
     if classes.offset is None:
         return here
     value = pick(logits, here, axis)
-    value = jnp.where(jnp.isnan(value), jnp.inf, value)
+    value = barrier(jnp.where(jnp.isnan(value), jnp.inf, value))  # one number for both sides of the comparison
     best = value == largest(value, axis_name)
     return smallest(jnp.where(best, here + classes.offset, jnp.iinfo(jnp.int32).max), axis_name)
 

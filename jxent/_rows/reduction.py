@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Int
 
+from jxent._backend.fusion import barrier
 from jxent._backend.platform import by_platform
 from jxent._core.shards import ClassAxis, cast, largest, sharded_like, smallest, total, varying
 from jxent._rows.passes import Logits, Row, zeros_of
@@ -159,6 +160,9 @@ def _relative_to_max(sums: RowSums) -> RowSums:
 def _over_shards(sums: RowSums, classes: ClassAxis) -> RowSums:
     """The `RowSums` of the classes of all shards, from those of this shard, relative to the maximum."""
     axis_name, one = classes.shards.axis_name, jnp.ones((), sums.row_max.dtype)
+    # The maximum of a shard is compared with that of all shards. If a compiler computed it again for that, and rounded
+    # it differently, no shard would have the maximum. The barrier makes it one number.
+    sums = barrier(sums)
     m = largest(sums.row_max, axis_name)
     has_max = sums.row_max == m
     apart = _difference(m, sums.row_max)
