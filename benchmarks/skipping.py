@@ -1,8 +1,8 @@
-"""Time by the share of positions that count, for `compare.py --preset skipping`.
+"""Time by the share of unmasked positions, for `compare.py --preset skipping`.
 
 Every program gets masks of several shares. Optax takes full logits, and so the same time for any mask. PyTorch takes
 full logits of the rows that the mask selects: an array whose shape depends on the data, which JAX cannot have.
-Each round runs a program once with every mask. Ratios are to the same program where all positions count.
+Each round runs a program once with every mask. Ratios are to the same program with all positions unmasked.
 """
 
 import jax
@@ -108,7 +108,7 @@ def measured(number, size=SIZE):
 
 
 def timed(name, run, all_masks, number):
-    """Seconds where all positions count, and ratios to them for each mask; `run` takes the mask's number."""
+    """Seconds with all positions unmasked, and ratios to them for each mask; `run` takes the mask's number."""
     programs = [Program(str(mask), lambda _, i=i: run(i)) for i, mask in enumerate(all_masks)]
     times, failed = rounds(programs, number, name)
     if failed:
@@ -120,7 +120,7 @@ def timed(name, run, all_masks, number):
 
 def print_table(record):
     positions, features, classes = record["size"]
-    print(f"\n{positions} x {features} x {classes}; time relative to that where all count, scattered and answers")
+    print(f"\n{positions} x {features} x {classes}; time relative to that with all unmasked, scattered and answers")
     heads = ("", "seconds, all", "temporaries", *(f"{share:.1%}" for share in SHARES[1:]))
     rows = []
     for name, found in record["programs"].items():
@@ -141,10 +141,10 @@ def draw(record, folder):
             label = name if name not in OURS else "jxent"
             absolute.plot(percent, found["seconds"] * ratios, "o-", ms=4, label=label)
     relative.plot([0, 100], [0, 1], color="0.6", ls="--", lw=1, label="in proportion")
-    relative.set(title="jxent", ylabel="time relative to that where all count", ylim=(0, 1.08))
+    relative.set(title="jxent", ylabel="time relative to all positions unmasked", ylim=(0, 1.08))
     absolute.set(title="loss and gradients", ylabel="seconds", ylim=(0, None))
     for panel in (relative, absolute):
-        panel.set(xlabel="positions that count (%)", xlim=(0, 100))
-        panel.legend(frameon=False)
+        panel.set(xlabel="unmasked positions (%)", xlim=(0, 100))
+        panel.legend(frameon=False, loc="upper left")
     save_figure(figure, (relative, absolute), folder, "skipping")
     plt.close(figure)
