@@ -24,6 +24,7 @@ class Case(NamedTuple):
     torch_losses: Callable[[], dict[str, Callable]] = dict
     passes: tuple[str, ...] = ("forward", "value_and_grad")
     size: tuple[int, ...] = ()
+    gradient_error: float | None = None  # allowed, relative to the largest element of a sample; None goes by the dtype
 
     def __str__(self):
         return self.title

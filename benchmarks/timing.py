@@ -121,7 +121,7 @@ def check(case, program, truths):
         for number, gradient in gradients.items():
             exact = want.gradients[number]
             error = np.max(np.abs(as_numpy(gradient[rows_of(gradient)]) - exact)) / np.max(np.abs(exact))
-            if not error <= GRADIENT_ERROR[case.dtype]:
+            if not error <= (case.gradient_error or GRADIENT_ERROR[case.dtype]):
                 raise ValueError(f"a gradient is wrong by {error:.1e}")
         del out, gradients
 
