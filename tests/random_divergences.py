@@ -215,12 +215,13 @@ def _expected(config, values, a):
         add("d sample_weight", value, abs(terms), slack, abs(under) + least)
 
     step = float(jnp.finfo(np.float16).smallest_subnormal) if config.dtype == "float16" else 0.0
+    of_result = 1 + float(jnp.finfo(config.dtype).eps)  # the rounding of an element that may be 0 as well
     coefficient = (per * weight)[..., None] / temperature
     size, by_temperature = abs(coefficient), []
     for side, of_side in (("p", of_row.of_p), ("q", of_row.of_q)):
         dx = coefficient * of_side.gradient
         largest = size * of_side.size
-        lost = config.classes * least * (1 + size) + size * of_side.underflow
+        lost = of_result * (config.classes * least * (1 + size) + size * of_side.underflow)
         if config.linear:
             hidden, kernel = layers[side]
             back, transposed = np.swapaxes(hidden, 1, 2), np.swapaxes(kernel, 1, 2)

@@ -7,6 +7,7 @@ magnitudes of the terms, those of all classes.
 from functools import partial
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import mpmath
 import numpy as np
 import oracle
@@ -149,6 +150,13 @@ def _expected(config, values, a):
     cost_of_yes, cost_of_no = sigmoid.costs(x, a)
     p_yes, p_no = a.exp(-cost_of_yes), a.exp(-cost_of_no)
     losses = np.sum(oracle.times(w * yes, cost_of_yes) + oracle.times(no, cost_of_no), -1)
+    # The probabilities of a class that is listed twice are added up, and 1 less their sum has that rounding.
+    rounded = 0 * y
+    if config.entries:
+        listed = (values["indices"][..., None] == np.arange(c)) & (values["labels"] != 0)[..., None]
+        again = np.maximum(np.sum(listed, -2) - 1, 0) * float(jnp.finfo(calls.wide_of(config)).eps)
+        rounded = (1 - e) * y * again
+    of_rounding = np.sum(oracle.times(rounded, w * cost_of_yes + cost_of_no), -1)
 
     s = a.array(np.where(keep, values["sample_weight"] if config.sample_weight else 1, 0))
     total = np.sum(s, -1, keepdims=True)
@@ -164,9 +172,12 @@ def _expected(config, values, a):
     # An index out of range is an error whatever its weight.
     losses, loss = (np.where(bad, a.array(np.nan), array) for array in (losses, oracle.times(s, losses)))
     loss = loss if none else np.sum(loss, -1, keepdims=True) / divisor
-    add("loss", loss, loss, lost=n * c * least)
+    lost_loss = oracle.times(s, of_rounding)
+    lost_loss = n * c * least + (lost_loss if none else np.sum(lost_loss, -1, keepdims=True) / divisor)
+    add("loss", loss, loss, lost=lost_loss)
     ks = np.where(bad, a.array(np.nan), per * s)[..., None]
-    size, lost = abs(ks), np.broadcast_to(least * (1 + abs(ks)), x.shape)
+    size = abs(ks)
+    lost = least * (1 + size) + size * rounded * (p_no + w * p_yes)
     dx, scale = ks * (no * p_yes - w * yes * p_no), size * (no * p_yes + w * yes * p_no)
     for name, (value, terms, under) in calls.of_layer(config, hidden, kernel, dx, scale, lost).items():
         add(name, value, terms, under)
@@ -184,8 +195,11 @@ def _expected(config, values, a):
         by_weight = ks * oracle.times(yes, cost_of_yes)
         add("d pos_weight", np.sum(by_weight, 1), np.sum(abs(by_weight), 1))
     if config.sample_weight:
-        value, terms = (losses - loss, losses + loss) if mean else (losses, losses)
-        add("d sample_weight", *(np.where(keep, per * array, 0 * per) for array in (value, terms)))
+        value, terms, under = losses, losses, least + of_rounding
+        if mean:
+            value, terms, under = losses - loss, losses + loss, under + lost_loss
+        value, terms, under = (np.where(keep, per * array, 0 * per) for array in (value, terms, under))
+        add("d sample_weight", value, terms, least + abs(under))
     return found
 
 
