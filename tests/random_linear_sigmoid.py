@@ -156,7 +156,8 @@ def _expected(config, values, a):
         listed = (values["indices"][..., None] == np.arange(c)) & (values["labels"] != 0)[..., None]
         again = np.maximum(np.sum(listed, -2) - 1, 0) * float(jnp.finfo(calls.wide_of(config)).eps)
         rounded = (1 - e) * y * again
-    of_rounding = np.sum(oracle.times(rounded, w * cost_of_yes + cost_of_no), -1)
+    of_rounding = np.sum(oracle.times(rounded * w, cost_of_yes) + oracle.times(rounded, cost_of_no), -1)
+    of_rounding = np.where(of_rounding == np.inf, 0, of_rounding)  # of an infinite loss
 
     s = a.array(np.where(keep, values["sample_weight"] if config.sample_weight else 1, 0))
     total = np.sum(s, -1, keepdims=True)
