@@ -84,7 +84,7 @@ def divergences(*size):
         divergence("KL", jxent.linear_kl_divergence, kl_of_logits, size),
         divergence("JS", jxent.linear_js_divergence, js_of_logits, size),
         # The gradient jumps where two probabilities are equal. float32 logits may round to the other side of that.
-        divergence("TV", jxent.linear_tv_distance, tv_of_logits, size, gradient_error=0.1),
+        divergence("TV", jxent.linear_tv_distance, tv_of_logits, size, gradient_error=0.05),
     ]
 
 

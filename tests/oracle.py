@@ -249,7 +249,8 @@ def divergence(logits_p, logits_q, temperature, beta, kind, arithmetic=Float64):
     if beta == "tv":
         both = _difference(a.exp(z_p), a.exp(z_q), d, a) / a.exp(log_z_p)[..., None]
         size = abs(d) + abs(ratio) + np.sum(abs(both), -1, keepdims=True)
-        unsure = 16 * float(kind.eps) * size + least * p.shape[-1]  # rounding, and what a sum loses by underflow
+        under = least + p.shape[-1] * float(kind.tiny)  # of a probability, and of each term of the sum in `ratio`
+        unsure = 16 * float(kind.eps) * size + under
         more_p, more_q = ((1 + np.sign(v)) * a.array(0.5) for v in (-u, u))
         return Divergence(
             np.sum(abs(_difference(p, q, u, a)), -1) * a.array(0.5),

@@ -215,7 +215,7 @@ def _expected(config, values, a):
         add("d sample_weight", value, abs(terms), slack, abs(under) + least)
 
     step = float(jnp.finfo(np.float16).smallest_subnormal) if config.dtype == "float16" else 0.0
-    of_result = 1 + float(jnp.finfo(config.dtype).eps)  # the rounding of an element that may be 0 as well
+    of_result = 1 + float(jnp.finfo(config.dtype).eps) / 2  # the rounding of an element that may be 0 as well
     coefficient = (per * weight)[..., None] / temperature
     size, by_temperature = abs(coefficient), []
     for side, of_side in (("p", of_row.of_p), ("q", of_row.of_q)):

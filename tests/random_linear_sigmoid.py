@@ -173,9 +173,9 @@ def _expected(config, values, a):
     # An index out of range is an error whatever its weight.
     losses, loss = (np.where(bad, a.array(np.nan), array) for array in (losses, oracle.times(s, losses)))
     loss = loss if none else np.sum(loss, -1, keepdims=True) / divisor
-    lost_loss = oracle.times(s, of_rounding)
-    lost_loss = n * c * least + (lost_loss if none else np.sum(lost_loss, -1, keepdims=True) / divisor)
-    add("loss", loss, loss, lost=lost_loss)
+    of_loss = oracle.times(s, of_rounding)
+    of_loss = of_loss if none else np.sum(of_loss, -1, keepdims=True) / divisor
+    add("loss", loss, loss, lost=n * c * least + of_loss)
     ks = np.where(bad, a.array(np.nan), per * s)[..., None]
     size = abs(ks)
     lost = least * (1 + size) + size * rounded * (p_no + w * p_yes)
@@ -196,11 +196,11 @@ def _expected(config, values, a):
         by_weight = ks * oracle.times(yes, cost_of_yes)
         add("d pos_weight", np.sum(by_weight, 1), np.sum(abs(by_weight), 1))
     if config.sample_weight:
-        value, terms, under = losses, losses, least + of_rounding
+        value, terms, rounding = losses, losses, of_rounding
         if mean:
-            value, terms, under = losses - loss, losses + loss, under + lost_loss
-        value, terms, under = (np.where(keep, per * array, 0 * per) for array in (value, terms, under))
-        add("d sample_weight", value, terms, least + abs(under))
+            value, terms, rounding = losses - loss, losses + loss, of_rounding + of_loss
+        value, terms, rounding = (np.where(keep, per * array, 0 * per) for array in (value, terms, rounding))
+        add("d sample_weight", value, terms, least + abs(rounding))
     return found
 
 

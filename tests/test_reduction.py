@@ -9,6 +9,7 @@ import oracle
 import pytest
 from compiling import optimized
 from jax import lax
+from jax.extend.core import Literal
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from one_reduction import OneReduction
@@ -21,6 +22,7 @@ from jxent._labels.index import IndexLabels
 from jxent._objective.cross_entropy import CrossEntropy
 from jxent._objective.objective import FromRows, RowInputs
 from jxent._objective.rule import BlockOf, costs_of_block
+from jxent._rows.prediction import largest_class
 from jxent._rows.reduction import Wanted, row_sums
 
 BOUND = 5e-6
@@ -192,6 +194,37 @@ def test_shards_of_the_classes(make):
     found = jax.tree.map(lambda a: a[0], jax.vmap(of_shard, axis_name="classes")(parts))
     whole = row_sums(logits, index, wanted, jnp.float32, ClassAxis(axis=1, size=24, shards=Shards(), offset=None))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=5e-6, atol=1e-37), found._asdict(), whole._asdict())
+
+
+@pytest.mark.parametrize("function", ["row_sums", "largest_class"])
+def test_what_shards_compare_is_computed_once(function):
+    """Each number that a shard compares with the largest of all shards comes from a barrier.
+
+    A compiler that computed it twice might round it in two ways. Then no shard would have the largest.
+    """
+
+    def of_shard(part):
+        shards = Shards(axis_name=("classes",), number=3)
+        axis = ClassAxis(axis=1, size=8, shards=shards, offset=lax.axis_index("classes") * 8)
+        if function == "largest_class":
+            return largest_class(part, axis)
+        return row_sums(part, None, Wanted(prediction=True), jnp.float32, axis).prediction
+
+    mesh = jax.make_mesh((1,), ("classes",), axis_types=(AxisType.Auto,))
+    mapped = jax.shard_map(of_shard, mesh=mesh, in_specs=P(None, "classes"), out_specs=P())
+    (mapped,) = jax.make_jaxpr(mapped)(jnp.ones((4, 8))).eqns
+    program = mapped.params["jaxpr"]
+    made_by = {variable: equation for equation in program.eqns for variable in equation.outvars}
+    left, seen = [v for e in program.eqns if e.primitive.name == "pmax" for v in e.invars], set()
+    assert left
+    while left:
+        variable = left.pop()
+        if isinstance(variable, Literal) or variable in seen:
+            continue
+        seen.add(variable)
+        if variable in made_by and made_by[variable].primitive.name != "optimization_barrier":
+            left += made_by[variable].invars
+    assert not seen & set(program.invars), "the largest logits reach the comparison without a barrier"
 
 
 # --- gradients from the rows of an earlier sweep ----------------------------------------------------------------------
